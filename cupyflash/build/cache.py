@@ -1,0 +1,196 @@
+"""Compiled things on disk, found by what they were made from.
+
+An entry is a folder named after a digest of everything that went into it, so it is never out of date and never changed in
+place.  Beside the files lies a manifest with their sizes and SHA-256; an entry that does not match it is thrown away and
+built again.  Entries are built in a folder of their own and renamed into place, so a reader sees all of one or nothing,
+and two processes that want the same entry wait for one another rather than building twice.
+
+The cache holds code that will be loaded and run, so its folder must belong to the user, be closed to others (mode 0700)
+and not be a link.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: renaming keeps entries whole, only the waiting for one another is lost
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["Cache", "default_folder", "digest"]
+
+_MANIFEST = "manifest.json"
+# An entry this fresh may be between its return to the caller and the caller's opening it: eviction leaves it alone.
+_GRACE_SECONDS = 60.0
+# A build this old was killed.
+_ABANDONED_SECONDS = 24 * 3600.0
+
+
+def default_folder() -> Path:
+    """Where compiled kernels go: ``$CUPYFLASH_CACHE``, else ``$XDG_CACHE_HOME/cupyflash``, else ``~/.cache/cupyflash``."""
+    if explicit := os.environ.get("CUPYFLASH_CACHE"):
+        return Path(explicit)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "cupyflash"
+
+
+def digest(*parts: str | bytes) -> str:
+    """A name for what was made from ``parts``; their order and borders count."""
+    sha = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        sha.update(len(data).to_bytes(8, "little"))
+        sha.update(data)
+    return sha.hexdigest()[:40]
+
+
+class Cache:
+    """A folder of entries.
+
+    Args:
+        folder: created, with mode 0700, if it is not there.  None: ``default_folder()``.
+        max_bytes: what the entries may take together; the least recently used go first.
+
+    Raises:
+        PermissionError: the folder belongs to somebody else, others may write to it, or it is a link.
+        OSError: the folder cannot be made or written.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None, *, max_bytes: int = 1 << 30) -> None:
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes={max_bytes} is negative")
+        self.folder = Path(folder) if folder is not None else default_folder()
+        self.max_bytes = max_bytes
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_private(self.folder)
+
+    def get(self, key: str, build: Callable[[Path], None]) -> Path:
+        """The entry's folder, built if it is not there.
+
+        Args:
+            key: a name from `digest`.
+            build: called with an empty folder, to put the entry's files into.  What it raises comes back to the caller,
+                and nothing is stored.
+
+        Returns:
+            A folder that holds the files.  It is not to be written to, and stays for a minute at least.
+        """
+        entry = self.folder / key
+        if self._use(entry):
+            return entry
+        with self._lock(key):
+            if self._use(entry):  # built while this process waited
+                return entry
+            workplace = Path(tempfile.mkdtemp(prefix=f".{key[:8]}-", dir=self.folder))
+            try:
+                build(workplace)
+                _write_manifest(workplace)
+                self._install(workplace, entry)
+            finally:
+                shutil.rmtree(workplace, ignore_errors=True)
+            self._evict(keep=entry)
+        return entry
+
+    def _use(self, entry: Path) -> bool:
+        """True if the entry is there and whole, and marks it as just used."""
+        if not _is_whole(entry):
+            return False
+        try:
+            os.utime(entry)
+        except FileNotFoundError:  # evicted by another process in this moment
+            return False
+        return True
+
+    def _install(self, workplace: Path, entry: Path) -> None:
+        # What is at the place now, if anything, is damaged: _use has just refused it.
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(entry, workplace / "damaged")
+            shutil.rmtree(workplace / "damaged")
+        try:
+            os.rename(workplace, entry)
+        except OSError:
+            # Without locks another process may have been quicker; then its entry serves.
+            if not _is_whole(entry):
+                raise
+
+    @contextlib.contextmanager
+    def _lock(self, key: str) -> Iterator[None]:
+        """Waits until no other process or thread builds an entry of this key (or, rarely, of a neighbouring one)."""
+        if fcntl is None:
+            yield
+            return
+        with open(self.folder / f".lock-{key[:2]}", "w") as file:
+            with contextlib.suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _evict(self, keep: Path) -> None:
+        now = time.time()
+        entries = []
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # other processes evict too
+                if not path.is_dir():
+                    continue
+                age = now - path.stat().st_mtime
+                if path.name.startswith("."):
+                    if age > _ABANDONED_SECONDS:
+                        shutil.rmtree(path, ignore_errors=True)
+                    continue
+                size = sum(file.stat().st_size for file in path.iterdir())
+                entries.append((age, size, path))
+        total = sum(size for _, size, _ in entries)
+        for age, size, path in sorted(entries, reverse=True):
+            if total <= self.max_bytes or age < _GRACE_SECONDS:
+                break
+            if path == keep:
+                continue
+            shutil.rmtree(path, ignore_errors=True)
+            total -= size
+
+
+def _require_private(folder: Path) -> None:
+    status = folder.lstat()
+    problem = None
+    if not stat.S_ISDIR(status.st_mode):
+        problem = "is not a folder (links are not followed)"
+    elif hasattr(os, "geteuid") and status.st_uid != os.geteuid():
+        problem = f"belongs to user {status.st_uid}, not to you (user {os.geteuid()})"
+    elif os.name == "posix" and status.st_mode & 0o077:
+        # Ours, but open: a folder that existed before.  Closing it is what the user would do.
+        folder.chmod(0o700)
+        if folder.lstat().st_mode & 0o022:
+            problem = "can be written by others and could not be closed to them"
+    if problem is not None:
+        raise PermissionError(
+            f"the cache folder {folder} {problem}; code from it would be run. Set CUPYFLASH_CACHE to a folder of your own"
+        )
+
+
+def _hash_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {path.name: _hash_file(path) for path in sorted(folder.iterdir())}
+    (folder / _MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
+
+
+def _is_whole(entry: Path) -> bool:
+    try:
+        status = entry.lstat()
+        if not stat.S_ISDIR(status.st_mode) or (hasattr(os, "geteuid") and status.st_uid != os.geteuid()):
+            return False
+        files = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))
+        return isinstance(files, dict) and all(_hash_file(entry / name) == sha for name, sha in files.items())
+    except (OSError, ValueError):  # missing, unreadable, or no JSON
+        return False

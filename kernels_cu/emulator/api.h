@@ -1,0 +1,61 @@
+// What device code calls: the surface between a compiled kernel and the emulator's runtime.
+//
+// Everything here is called from a fiber, that is, from inside a kernel, and takes the Site of the instruction.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "site.h"
+
+namespace emulator {
+
+struct Dim3 {
+  unsigned int x, y, z;
+};
+
+// What a thread may ask about itself without entering the runtime.
+struct Identity {
+  int thread_index;  // in the block
+  int warp_index;
+  int lane_index;
+  Dim3 block_index;
+  Dim3 grid_size;
+};
+
+// The thread whose fiber runs on this OS thread; null outside kernels. `__thread` rather than `thread_local`: no wrapper
+// function around each access.
+extern __thread Identity* current;
+
+// Shared memory starts above 0, so that an address which forgot the base is out of bounds.
+constexpr std::uint32_t kSharedBase = 1024;
+
+enum class Shuffle { kXor, kIdx, kDown };
+enum class Vote { kBallot, kAny, kAll };
+enum class Format { kFloat16, kBFloat16 };
+
+void sync_warp(Site);
+void barrier_sync(int barrier, int num_threads, Site);  // num_threads == 0: the whole block
+void barrier_arrive(int barrier, int num_threads, Site);
+std::uint32_t shuffle(Shuffle, std::uint32_t value, int operand, Site);
+std::uint32_t vote(Vote, bool predicate, Site);
+
+void load_global(void* value, const void* source, std::uint32_t bytes, Site);
+void store_global(void* destination, const void* value, std::uint32_t bytes, Site);
+std::uint32_t atomic_add(std::uint32_t* address, std::uint32_t value, Site);
+float atomic_add(float* address, float value, Site);
+std::uint32_t atomic_max(std::uint32_t* address, std::uint32_t value, Site);
+float atomic_max(float* address, float value, Site);
+
+void load_shared(void* value, std::uint32_t source, std::uint32_t bytes, Site);
+void store_shared(std::uint32_t destination, const void* value, std::uint32_t bytes, Site);
+
+void copy_async(std::uint32_t destination, const void* source, std::uint32_t source_bytes, Site);
+void copy_async_commit(Site);
+void copy_async_wait(int pending_groups, Site);
+
+void load_matrices(std::uint32_t* frag, int count, bool transposed, std::uint32_t row, Site);
+void store_matrices(std::uint32_t row, const std::uint32_t* frag, int count, bool transposed, Site);
+void multiply_accumulate(Format, float* acc, const std::uint32_t* a, std::uint32_t b0, std::uint32_t b1, Site);
+
+}  // namespace emulator

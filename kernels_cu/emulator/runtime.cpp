@@ -1,0 +1,10 @@
+// The runtime as one translation unit, so that the paths between two fibers inline.
+#include "fiber.cpp"
+#include "counters.cpp"
+#include "race.cpp"
+#include "block.cpp"
+#include "memory.cpp"
+#include "synchronize.cpp"
+#include "access.cpp"
+#include "matrix.cpp"
+#include "launch.cpp"
