@@ -1,8 +1,8 @@
 // The front door to the machine: everything a kernel asks of the hardware is a function of namespace isa.
 //
-// The same names have two homes. isa_smXX.cuh spells them as PTX, one function for one instruction; emulator/isa_host.h
-// spells them as calls into the emulator, which runs the same kernel on a CPU. A kernel includes this file and cannot
-// tell which it got. This is the only file outside emulator/ with an #if.
+// The same names have two homes. isa_smXX.cuh spells them as PTX, one function for one instruction;
+// emulator/isa_host.h spells them as calls into the emulator, which runs the same kernel on a CPU. A kernel
+// includes this file and cannot tell which it got. This is the only file outside emulator/ with an #if.
 #pragma once
 
 #include "types.cuh"

@@ -1,21 +1,22 @@
 // Instructions of sm_80 and later, one function for one PTX instruction, in the order of emulator/isa_host.h.
 //
-// Notation: g = lane / 4, c = lane % 4. A fragment's picture names, for one lane, the (row, column) of each register's
-// elements; a register of two 16-bit elements holds the lower column (or k) in its lower half. The pictures are those of
-// the PTX ISA, "Matrix multiply-accumulate" and "ldmatrix"; tests/kernels holds the emulator to them.
+// Notation: g = lane / 4, c = lane % 4. A fragment's picture names, for one lane, the (row, column) of each
+// register's elements; a register of two 16-bit elements holds the lower column (or k) in its lower half. The
+// pictures are those of the PTX ISA, "Matrix multiply-accumulate" and "ldmatrix"; tests/kernels holds the
+// emulator to them.
 //
 // Rules for all functions here:
 // - Shared memory is addressed by the 32-bit number that shared_base() starts, global memory by pointer.
 // - Functions that name a warp ("all 32 lanes") must be reached by all its lanes together.
-// - Whatever reads or writes memory, or synchronises, is `volatile` with a "memory" clobber: the compiler may not move
-//   other accesses across it.
+// - Whatever reads or writes memory, or synchronises, is `volatile` with a "memory" clobber: the compiler
+//   may not move other accesses across it.
 #pragma once
 
 #include "types.cuh"
 
 namespace isa {
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Who am I
 
 __device__ __forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
@@ -28,7 +29,7 @@ __device__ __forceinline__ int grid_size_x() { return static_cast<int>(gridDim.x
 __device__ __forceinline__ int grid_size_y() { return static_cast<int>(gridDim.y); }
 __device__ __forceinline__ int grid_size_z() { return static_cast<int>(gridDim.z); }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Bits and numbers
 
 __device__ __forceinline__ u32 float_bits(float value) { return __float_as_uint(value); }
@@ -63,14 +64,14 @@ __device__ __forceinline__ float unpack_f16(u32 bits) {
 
 __device__ __forceinline__ float unpack_bf16(u32 bits) { return __uint_as_float(bits << 16); }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Order and company
 
 __device__ __forceinline__ void sync_warp() { asm volatile("bar.warp.sync 0xffffffff;" ::: "memory"); }
 __device__ __forceinline__ void sync_threads() { asm volatile("bar.sync 0;" ::: "memory"); }
 
-// Named barriers 1 to 15 (0 is sync_threads). num_threads counts those that sync and those that only arrive; a multiple
-// of 32, since a warp arrives as a whole.
+// Named barriers 1 to 15 (0 is sync_threads). num_threads counts those that sync and those that only arrive;
+// a multiple of 32, since a warp arrives as a whole.
 __device__ __forceinline__ void barrier_sync(int barrier, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
@@ -79,16 +80,21 @@ __device__ __forceinline__ void barrier_arrive(int barrier, int num_threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
 
-// The value of lane ^ lane_mask, of source_lane, of lane + delta (a lane past the end keeps its own). All 32 lanes.
+// The value of lane ^ lane_mask, of source_lane, of lane + delta (a lane past the end keeps its own). All 32
+// lanes.
 __device__ __forceinline__ u32 shuffle_xor(u32 value, int lane_mask) {
   u32 result;
-  asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=r"(result) : "r"(value), "r"(lane_mask));
+  asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;"
+               : "=r"(result)
+               : "r"(value), "r"(lane_mask));
   return result;
 }
 
 __device__ __forceinline__ u32 shuffle_idx(u32 value, int source_lane) {
   u32 result;
-  asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=r"(result) : "r"(value), "r"(source_lane));
+  asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x1f, 0xffffffff;"
+               : "=r"(result)
+               : "r"(value), "r"(source_lane));
   return result;
 }
 
@@ -111,10 +117,9 @@ __device__ __forceinline__ float shuffle_down(float value, int delta) {
 // Bit i is lane i's predicate. All 32 lanes.
 __device__ __forceinline__ u32 ballot(bool predicate) {
   u32 votes;
-  asm volatile(
-      "{\n.reg .pred vote;\nsetp.ne.u32 vote, %1, 0;\nvote.sync.ballot.b32 %0, vote, 0xffffffff;\n}"
-      : "=r"(votes)
-      : "r"(static_cast<u32>(predicate)));
+  asm volatile("{\n.reg .pred vote;\nsetp.ne.u32 vote, %1, 0;\nvote.sync.ballot.b32 %0, vote, 0xffffffff;\n}"
+               : "=r"(votes)
+               : "r"(static_cast<u32>(predicate)));
   return votes;
 }
 
@@ -138,7 +143,7 @@ __device__ __forceinline__ bool all(bool predicate) {
   return result != 0;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Global memory. Pointers are aligned to the access's size.
 
 __device__ __forceinline__ u32 ldg_4(const void* source) {
@@ -195,19 +200,25 @@ __device__ __forceinline__ u32 atomic_max(u32* address, u32 value) {
   return before;
 }
 
-// There is no atom.max.f32. As integers, floats >= 0 are ordered like floats and those below 0 the other way round, and
-// every negative float is, as a signed integer, below every positive one. value is not a NaN.
+// There is no atom.max.f32. As integers, floats >= 0 are ordered like floats and those below 0 the other way
+// round, and every negative float is, as a signed integer, below every positive one. value is not a NaN.
 __device__ __forceinline__ float atomic_max(float* address, float value) {
   u32 before;
   if (static_cast<int>(float_bits(value)) >= 0) {
-    asm volatile("atom.global.max.s32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(float_bits(value)) : "memory");
+    asm volatile("atom.global.max.s32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(address), "r"(float_bits(value))
+                 : "memory");
   } else {
-    asm volatile("atom.global.min.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(float_bits(value)) : "memory");
+    asm volatile("atom.global.min.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(address), "r"(float_bits(value))
+                 : "memory");
   }
   return bits_float(before);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Shared memory. Addresses are aligned to the access's size.
 
 // Where the block's dynamic shared memory starts, aligned to 1024 bytes: what 128-byte swizzles will need.
@@ -251,12 +262,14 @@ __device__ __forceinline__ void st_shared_16(u32 destination, uint4 value) {
                : "memory");
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Asynchronous copies, global to shared, 16 bytes. The first source_bytes come from source, the rest are zeros; with 0
-// nothing is read. The bytes are there for the copying thread after its cp_async_wait, for others after a barrier too.
+// -----------------------------------------------------------------------------------------------------------
+// Asynchronous copies, global to shared, 16 bytes. The first source_bytes come from source, the rest are
+// zeros; with 0 nothing is read. The bytes are there for the copying thread after its cp_async_wait, for
+// others after a barrier too.
 
 __device__ __forceinline__ void cp_async_16(u32 destination, const void* source, u32 source_bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(source_bytes)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
+               "r"(source_bytes)
                : "memory");
 }
 
@@ -268,12 +281,12 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Matrices
 
-// Loads 1, 2 or 4 matrices of 8 x 8 elements of 16 bits. Lane 8 m + r gives the address of matrix m's row r (16 bytes,
-// 16-byte aligned); the other lanes' addresses are not used. Register m holds matrix m's elements (g, 2c) and (g, 2c + 1);
-// with _trans (2c, g) and (2c + 1, g). All 32 lanes.
+// Loads 1, 2 or 4 matrices of 8 x 8 elements of 16 bits. Lane 8 m + r gives the address of matrix m's row r
+// (16 bytes, 16-byte aligned); the other lanes' addresses are not used. Register m holds matrix m's elements
+// (g, 2c) and (g, 2c + 1); with _trans (2c, g) and (2c + 1, g). All 32 lanes.
 __device__ __forceinline__ void ldmatrix_x1(u32 (&frag)[1], u32 row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(frag[0]) : "r"(row) : "memory");
 }
@@ -293,7 +306,10 @@ __device__ __forceinline__ void ldmatrix_x4(u32 (&frag)[4], u32 row) {
 }
 
 __device__ __forceinline__ void ldmatrix_x1_trans(u32 (&frag)[1], u32 row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(frag[0]) : "r"(row) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+               : "=r"(frag[0])
+               : "r"(row)
+               : "memory");
 }
 
 __device__ __forceinline__ void ldmatrix_x2_trans(u32 (&frag)[2], u32 row) {
@@ -312,12 +328,15 @@ __device__ __forceinline__ void ldmatrix_x4_trans(u32 (&frag)[4], u32 row) {
 
 // acc[16 x 8] += a[16 x 16] b[16 x 8], accumulated in float. All 32 lanes.
 //
-//     a[0]  (g,     2c .. 2c+1)      b0  k = 2c .. 2c+1,      n = g      acc[0], acc[1]  (g,     2c), (g,     2c+1)
-//     a[1]  (g + 8, 2c .. 2c+1)      b1  k = 2c+8 .. 2c+9,    n = g      acc[2], acc[3]  (g + 8, 2c), (g + 8, 2c+1)
+// a[0]  (g,     2c .. 2c+1)      b0  k = 2c .. 2c+1,      n = g      acc[0], acc[1]  (g,     2c), (g,
+// 2c+1)
+// a[1]  (g + 8, 2c .. 2c+1)      b1  k = 2c+8 .. 2c+9,    n = g      acc[2], acc[3]  (g + 8, 2c), (g + 8,
+// 2c+1)
 //     a[2]  (g,     2c+8 .. 2c+9)
 //     a[3]  (g + 8, 2c+8 .. 2c+9)
 //
-// Two neighbouring accumulators, packed, are therefore the a of the next product: P goes from Q K^T to P V in registers.
+// Two neighbouring accumulators, packed, are therefore the a of the next product: P goes from Q K^T to P V in
+// registers.
 __device__ __forceinline__ void mma_m16n8k16(Float16, float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "

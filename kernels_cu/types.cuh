@@ -7,7 +7,9 @@ using u16 = unsigned short;
 using u32 = unsigned int;
 using u64 = unsigned long long;
 
-// Elements of 16 bits travel as bits, two of them in a u32, the one with the lower index in the lower half. These types
-// only say which format the bits are in: `using Element = BFloat16;` in a Config chooses instructions, never storage.
+// Elements of 16 bits travel as bits, two of them in a u32, the one with the lower index in the lower half.
+// These types
+// only say which format the bits are in: `using Element = BFloat16;` in a Config chooses instructions, never
+// storage.
 struct Float16 {};   // IEEE 754 binary16
 struct BFloat16 {};  // the upper half of a binary32

@@ -1,10 +1,11 @@
 """The kernels on a CPU: compiled by the host's C++ compiler, run by the emulator in kernels_cu/emulator.
 
-    module = Module(source)                                     # a KernelSource, compiled or found in the cache
-    kernel = module.get_function("flash_fwd_sm80")
-    kernel((num_blocks,), (num_threads,), (q, k, v, out), shared_mem=49152)
+    module = Module(source)                                     # a KernelSource, compiled or found in the
+    cache kernel = module.get_function("flash_fwd_sm80") kernel((num_blocks,), (num_threads,), (q, k, v, out),
+    shared_mem=49152)
 
-mirrors ``cupy.RawModule``, with NumPy arrays for device arrays.  The emulator does not only run a kernel, it tries to
+mirrors ``cupy.RawModule``, with NumPy arrays for device arrays.  The emulator does not only run a kernel, it
+tries to
 break it: see `Options`.  What it finds is raised as `EmulatorError` with the kernel's file and line.
 """
 
@@ -25,7 +26,16 @@ from cupyflash.build.host import build_kernel, build_runtime
 from cupyflash.build.source import KernelSource
 from cupyflash.errors import CupyflashError
 
-__all__ = ["Counters", "EmulatorError", "Function", "Module", "Options", "Traffic", "guarded_array", "guarded_copy"]
+__all__ = [
+    "Counters",
+    "EmulatorError",
+    "Function",
+    "Module",
+    "Options",
+    "Traffic",
+    "guarded_array",
+    "guarded_copy",
+]
 
 # Positions of Schedule in kernels_cu/emulator/block.h.
 _SCHEDULES = ("fifo", "random", "priority")
@@ -43,12 +53,12 @@ class Options:
     """How a launch is run.  No choice may change a correct kernel's result by a bit.
 
     Attributes:
-        schedule: the order of warps: "fifo", in turn; "random", any that can run; "priority", by random priorities that
-            now and then change.  The last two also preempt warps and shuffle blocks.
+        schedule: the order of warps: "fifo", in turn; "random", any that can run; "priority", by random
+            priorities that now and then change.  The last two also preempt warps and shuffle blocks.
         seed: of the schedule.
         race_detector: report accesses to shared memory that nothing orders.
-        late_landing: asynchronous copies arrive as late as is allowed, their destinations hold NaNs until then; otherwise
-            they arrive at once, as early as is allowed.
+        late_landing: asynchronous copies arrive as late as is allowed, their destinations hold NaNs until
+            then; otherwise they arrive at once, as early as is allowed.
         counters: count bank conflicts and sectors (slow); instructions are always counted.
         workers: OS threads that run blocks.
     """
@@ -62,7 +72,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.schedule not in _SCHEDULES:
-            raise ValueError(f"schedule={self.schedule!r} is unknown; expected one of {', '.join(_SCHEDULES)}")
+            raise ValueError(
+                f"schedule={self.schedule!r} is unknown; expected one of {', '.join(_SCHEDULES)}"
+            )
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed={self.seed} does not fit 64 bits")
         if self.workers < 1:
@@ -83,7 +95,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Counters:
-    """Sums over a launch; see kernels_cu/emulator/counters.h.  Traffic's costs need ``Options(counters=True)``."""
+    """Sums over a launch, see kernels_cu/emulator/counters.h.  Costs need ``Options(counters=True)``."""
 
     blocks: int
     switches: int
@@ -199,8 +211,9 @@ class Function:
         Args:
             grid: 1 to 3 numbers of blocks.
             block: the number of threads, a multiple of 32; further dimensions are 1.
-            args: NumPy arrays (their data pointer is passed), NumPy scalars (passed as they are, structured ones by value),
-                int (as a 64-bit integer), float (as a double), None (a null pointer).
+            args: NumPy arrays (their data pointer is passed), NumPy scalars (passed as they are,
+                structured ones by value), int (as a 64-bit integer), float (as a double), None (a null
+                pointer).
             shared_mem: bytes of dynamic shared memory.
             options: instead of the module's.
 
@@ -247,9 +260,9 @@ class Function:
         )
         if failed:
             raise EmulatorError(report.value.decode(errors="replace"))
-        scalars = numbers[:_NUM_SCALARS]
-        traffic = [Traffic(*numbers[i : i + 3]) for i in range(_NUM_SCALARS, _NUM_COUNTERS, 3)]
-        return Counters(*scalars, *traffic)
+        blocks, switches, collectives, mma = numbers[:_NUM_SCALARS]
+        traffic = (Traffic(*numbers[i : i + 3]) for i in range(_NUM_SCALARS, _NUM_COUNTERS, 3))
+        return Counters(blocks, switches, collectives, mma, *traffic)
 
 
 def _pack(name: str, index: int, value: Any) -> ctypes.Array[ctypes.c_char]:
@@ -266,7 +279,8 @@ def _pack(name: str, index: int, value: Any) -> ctypes.Array[ctypes.c_char]:
         data = np.float64(value).tobytes()
     else:
         raise TypeError(
-            f"{name}: args[{index}] is a {type(value).__name__}; expected a NumPy array or scalar, int, float or None"
+            f"{name}: args[{index}] is a {type(value).__name__}; "
+            "expected a NumPy array or scalar, int, float or None"
         )
     return (ctypes.c_char * len(data)).from_buffer_copy(data)
 
@@ -289,17 +303,23 @@ class _GuardedMemory:
 
 
 def guarded_array(
-    shape: int | Sequence[int], dtype: np.typing.DTypeLike, name: str, *, flush: str = "end", alignment: int | None = None
+    shape: int | Sequence[int],
+    dtype: np.typing.DTypeLike,
+    name: str,
+    *,
+    flush: str = "end",
+    alignment: int | None = None,
 ) -> np.ndarray[Any, Any]:
-    """An array of zeros between inaccessible pages, so that what a kernel does outside it is reported with its name.
+    """An array of zeros between inaccessible pages, so that what a kernel does outside it is reported with
+    its name.
 
     Args:
         shape: of the array, in C order.
         dtype: of the array.
         name: what reports call it.
         flush: "end": the first byte after the array is inaccessible; "start": the last one before it.
-        alignment: of the first element, in bytes, a power of two up to 4096; None: 16, or the element's own size where that
-            would leave room between the array and its end.
+        alignment: of the first element, in bytes, a power of two up to 4096; None: 16, or the element's
+            own size where that would leave room between the array and its end.
 
     Raises:
         MemoryError: there is none.

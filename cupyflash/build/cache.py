@@ -1,12 +1,13 @@
 """Compiled things on disk, found by what they were made from.
 
-An entry is a folder named after a digest of everything that went into it, so it is never out of date and never changed in
-place.  Beside the files lies a manifest with their sizes and SHA-256; an entry that does not match it is thrown away and
-built again.  Entries are built in a folder of their own and renamed into place, so a reader sees all of one or nothing,
-and two processes that want the same entry wait for one another rather than building twice.
+An entry is a folder named after a digest of everything that went into it, so it is never out of date and
+never changed in place.  Beside the files lies a manifest with their sizes and SHA-256; an entry that does not
+match it is thrown away and built again.  Entries are built in a folder of their own and renamed into place,
+so a reader sees all of one or nothing, and two processes that want the same entry wait for one another rather
+than building twice.
 
-The cache holds code that will be loaded and run, so its folder must belong to the user, be closed to others (mode 0700)
-and not be a link.
+The cache holds code that will be loaded and run, so its folder must belong to the user, be closed to others
+(mode 0700) and not be a link.
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ except ImportError:  # Windows: renaming keeps entries whole, only the waiting f
 __all__ = ["Cache", "default_folder", "digest"]
 
 _MANIFEST = "manifest.json"
-# An entry this fresh may be between its return to the caller and the caller's opening it: eviction leaves it alone.
+# An entry this fresh may be between its return to the caller and the caller's opening it: eviction leaves it
+# alone.
 _GRACE_SECONDS = 60.0
 # A build this old was killed.
 _ABANDONED_SECONDS = 24 * 3600.0
 
 
 def default_folder() -> Path:
-    """Where compiled kernels go: ``$CUPYFLASH_CACHE``, else ``$XDG_CACHE_HOME/cupyflash``, else ``~/.cache/cupyflash``."""
+    """``$CUPYFLASH_CACHE``, else ``$XDG_CACHE_HOME/cupyflash``, else ``~/.cache/cupyflash``."""
     if explicit := os.environ.get("CUPYFLASH_CACHE"):
         return Path(explicit)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -79,8 +81,8 @@ class Cache:
 
         Args:
             key: a name from `digest`.
-            build: called with an empty folder, to put the entry's files into.  What it raises comes back to the caller,
-                and nothing is stored.
+            build: called with an empty folder, to put the entry's files into.  What it raises comes back
+                to the caller, and nothing is stored.
 
         Returns:
             A folder that holds the files.  It is not to be written to, and stays for a minute at least.
@@ -125,7 +127,7 @@ class Cache:
 
     @contextlib.contextmanager
     def _lock(self, key: str) -> Iterator[None]:
-        """Waits until no other process or thread builds an entry of this key (or, rarely, of a neighbouring one)."""
+        """Waits until nobody else builds an entry of this key (or, rarely, of a neighbouring one)."""
         if fcntl is None:
             yield
             return
@@ -172,7 +174,8 @@ def _require_private(folder: Path) -> None:
             problem = "can be written by others and could not be closed to them"
     if problem is not None:
         raise PermissionError(
-            f"the cache folder {folder} {problem}; code from it would be run. Set CUPYFLASH_CACHE to a folder of your own"
+            f"the cache folder {folder} {problem}, and code from it would be run; "
+            "set CUPYFLASH_CACHE to a folder of your own"
         )
 
 

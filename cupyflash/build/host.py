@@ -1,4 +1,5 @@
-"""Kernels compiled for the CPU: the host's C++ compiler, the emulator's runtime and one shared library per kernel.
+"""Kernels compiled for the CPU: the host's C++ compiler, the emulator's runtime and one shared library per
+kernel.
 
 All of it is cached: the runtime is compiled once, a kernel once per source text.
 """
@@ -68,7 +69,9 @@ def _find_compiler(cxx: str, path: str) -> Compiler:
         program = shutil.which(command[0], path=path)
         if program is None:
             continue
-        answer = subprocess.run([program, *command[1:], "--version"], capture_output=True, text=True, check=False)
+        answer = subprocess.run(
+            [program, *command[1:], "--version"], capture_output=True, text=True, check=False
+        )
         if answer.returncode == 0:
             return Compiler((program, *command[1:]), answer.stdout.strip())
     if cxx.strip():
@@ -77,7 +80,9 @@ def _find_compiler(cxx: str, path: str) -> Compiler:
 
 
 def _no_compiler(reason: str) -> Unsupported:
-    return Unsupported(f"the emulator compiles kernels with the host's C++ compiler: {reason}", {"emulator": [reason]})
+    return Unsupported(
+        f"the emulator compiles kernels with the host's C++ compiler: {reason}", {"emulator": [reason]}
+    )
 
 
 def build_runtime(cache: Cache, *, portable_fibers: bool = False) -> Path:
@@ -85,7 +90,8 @@ def build_runtime(cache: Cache, *, portable_fibers: bool = False) -> Path:
 
     Args:
         cache: where it is kept.
-        portable_fibers: switch stacks by ucontext instead of by hand-written assembly; slower, runs everywhere.
+        portable_fibers: switch stacks by ucontext instead of by hand-written assembly; slower, runs
+        everywhere.
 
     Raises:
         Unsupported: there is no compiler.
@@ -104,7 +110,9 @@ def build_runtime(cache: Cache, *, portable_fibers: bool = False) -> Path:
 
     def build(workplace: Path) -> None:
         source = folder / "runtime.cpp"
-        _compile(compiler, (*flags, f"-Wl,-soname,{library}", str(source)), workplace / library, "the emulator")
+        _compile(
+            compiler, (*flags, f"-Wl,-soname,{library}", str(source)), workplace / library, "the emulator"
+        )
 
     return cache.get(key, build) / library
 
@@ -112,7 +120,8 @@ def build_runtime(cache: Cache, *, portable_fibers: bool = False) -> Path:
 def build_kernel(source: KernelSource, cache: Cache, runtime: Path) -> Path:
     """A kernel as a shared library that runs under ``runtime``.
 
-    Each of the source's entries becomes a symbol ``cupyflash_kernel_<entry>``, see kernels_cu/emulator/export.h.
+    Each of the source's entries becomes a symbol ``cupyflash_kernel_<entry>``, see
+    kernels_cu/emulator/export.h.
 
     Raises:
         Unsupported: there is no compiler.

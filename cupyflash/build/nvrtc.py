@@ -1,6 +1,7 @@
 """Kernels compiled for a GPU, on any machine that has NVRTC: no GPU, no driver, no CuPy.
 
-NVRTC is called directly, not through CuPy, which cannot ask for ``sm_90a`` and does not hash included headers.  A cubin is
+NVRTC is called directly, not through CuPy, which cannot ask for ``sm_90a`` and does not hash included
+headers.  A cubin is
 asked for rather than PTX: PTX "compiles" even what the assembler will refuse.
 """
 
@@ -54,7 +55,8 @@ class Binary:
         path: of the cubin, for ``cupy.RawModule(path=...)``.
         log: the compiler's.
         resources: by entry.
-        notices: lines of the log that say the code is not what was meant: spills, serialised wgmma, ignored requests.
+        notices: lines of the log that say the code is not what was meant: spills, serialised wgmma, ignored
+        requests.
     """
 
     path: Path
@@ -117,7 +119,9 @@ def _nvrtc() -> _Nvrtc:
             return _Nvrtc(ctypes.CDLL(load_nvidia_dynamic_lib("nvrtc").abs_path))
         except DynamicLibNotFoundError:
             reason = "NVRTC is not installed"
-    raise Unsupported(f"kernels cannot be compiled: {reason}; pip install 'cupyflash[nvrtc]'", {"cuda": [reason]})
+    raise Unsupported(
+        f"kernels cannot be compiled: {reason}; pip install 'cupyflash[nvrtc]'", {"cuda": [reason]}
+    )
 
 
 class _Nvrtc:
@@ -156,11 +160,11 @@ class _Nvrtc:
             raise RuntimeError(f"NVRTC: {self._library.nvrtcGetErrorString(status).decode()}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reading cubins and logs
 
-# An instruction is 16 bytes; the low 9 bits of the first two name it, whatever form its operands have. Read off nvdisasm
-# 13 on sm_80 to sm_90a; a test compares the counts with nvdisasm's.
+# An instruction is 16 bytes; the low 9 bits of the first two name it, whatever form its operands have. Read
+# off nvdisasm 13 on sm_80 to sm_90a; a test compares the counts with nvdisasm's.
 OPCODES = {
     0x03C: "HMMA",
     0x03B: "LDSM",
@@ -245,6 +249,7 @@ def _resources(cubin: bytes, log: str) -> dict[str, Resources]:
 
 
 def _notices(log: str) -> tuple[str, ...]:
-    # C7508 to C7519: setmaxnreg ignored, wgmma serialised and the like. C7519, an inserted fence, is harmless.
+    # C7508 to C7519: setmaxnreg ignored, wgmma serialised and the like. C7519, an inserted fence, is
+    # harmless.
     pattern = re.compile(r"\(C75\d\d\)|warning|Potential Performance Loss|ignored", re.IGNORECASE)
     return tuple(line.strip() for line in log.splitlines() if pattern.search(line) and "(C7519)" not in line)

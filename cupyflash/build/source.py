@@ -1,4 +1,5 @@
-"""Finds the kernels' sources, wherever the package was installed, and makes one text of them for the compilers.
+"""Finds the kernels' sources, wherever the package was installed, and makes one text of them for the
+compilers.
 
 The sources live in ``kernels_cu/`` beside the package in the tree, and in ``cupyflash/kernels_cu/`` once a
 wheel (or setuptools' strict editable mode) has laid them out.
@@ -71,11 +72,12 @@ def config(constants: Mapping[str, ConfigValue]) -> str:
     """``struct Config``, through which a kernel gets its compile-time constants.
 
     Args:
-        constants: by C++ name.  bool, int and float become ``static constexpr`` members of that type; a str names a C++
-            type and becomes an alias, ``{"Element": "BFloat16"}``.
+        constants: by C++ name.  bool, int and float become ``static constexpr`` members of that type; a
+            str names a C++ type and becomes an alias, ``{"Element": "BFloat16"}``.
 
     Raises:
-        TypeError, ValueError: a value of another type, or an int that does not fit a C++ int; the message names it.
+        TypeError, ValueError: a value of another type, or an int that does not fit a C++ int; the message
+        names it.
     """
     lines = ["struct Config {"]
     for name, value in constants.items():
@@ -97,7 +99,9 @@ def config(constants: Mapping[str, ConfigValue]) -> str:
     return "\n".join(lines)
 
 
-def render(file: str, constants: Mapping[str, ConfigValue], entries: Sequence[str], name: str) -> KernelSource:
+def render(
+    file: str, constants: Mapping[str, ConfigValue], entries: Sequence[str], name: str
+) -> KernelSource:
     """A kernel file over a `Config`.
 
     Args:
@@ -117,7 +121,8 @@ _PRAGMA_ONCE = re.compile(r"\s*#\s*pragma\s+once\b")
 def flatten(text: str, label: str) -> str:
     """``text`` with the kernels' headers in place of its ``#include "..."`` lines, each once.
 
-    ``#line`` directives keep every compiler's messages at the original file and line.  Headers of ``emulator/`` stay
+    ``#line`` directives keep every compiler's messages at the original file and line.  Headers of
+    ``emulator/`` stay
     includes: only a host compiler reads them, and it is given the folder of kernels to search.
 
     Args:

@@ -1,6 +1,7 @@
 // What device code calls: the surface between a compiled kernel and the emulator's runtime.
 //
-// Everything here is called from a fiber, that is, from inside a kernel, and takes the Site of the instruction.
+// Everything here is called from a fiber, that is, from inside a kernel, and takes the Site of the
+// instruction.
 #pragma once
 
 #include <cstddef>
@@ -23,8 +24,8 @@ struct Identity {
   Dim3 grid_size;
 };
 
-// The thread whose fiber runs on this OS thread; null outside kernels. `__thread` rather than `thread_local`: no wrapper
-// function around each access.
+// The thread whose fiber runs on this OS thread; null outside kernels. `__thread` rather than `thread_local`:
+// no wrapper function around each access.
 extern __thread Identity* current;
 
 // Shared memory starts above 0, so that an address which forgot the base is out of bounds.
@@ -56,6 +57,7 @@ void copy_async_wait(int pending_groups, Site);
 
 void load_matrices(std::uint32_t* frag, int count, bool transposed, std::uint32_t row, Site);
 void store_matrices(std::uint32_t row, const std::uint32_t* frag, int count, bool transposed, Site);
-void multiply_accumulate(Format, float* acc, const std::uint32_t* a, std::uint32_t b0, std::uint32_t b1, Site);
+void multiply_accumulate(Format, float* acc, const std::uint32_t* a, std::uint32_t b0, std::uint32_t b1,
+                         Site);
 
 }  // namespace emulator

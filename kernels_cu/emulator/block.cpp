@@ -16,12 +16,14 @@ __thread Identity* current = nullptr;
 
 namespace {
 
-// Under a random schedule, one access to memory in so many offers the CPU to other warps. Demotions of the leader under
+// Under a random schedule, one access to memory in so many offers the CPU to other warps. Demotions of the
+// leader under
 // kPriority are rarer: PCT wants few of them.
 constexpr std::uint32_t kPreemptOneIn = 256;
 constexpr std::uint32_t kDemoteOneIn = 512;
 
-// Shared memory starts the way it does on the device: with whatever was there. All ones is a NaN in every format.
+// Shared memory starts the way it does on the device: with whatever was there. All ones is a NaN in every
+// format.
 constexpr int kPoison = 0xff;
 
 int random_bit(Random& random, std::uint32_t bits) {
@@ -89,7 +91,8 @@ void run_thread() {
          lanes_text(meeting.arrived).c_str(), meeting.activity.what);
   }
   if (!me.copies.empty()) {
-    fail(me.activity.site, "the thread exits with %zu cp.async operations it has not waited for", me.copies.size());
+    fail(me.activity.site, "the thread exits with %zu cp.async operations it has not waited for",
+         me.copies.size());
   }
   me.exited = true;
   me.warp->alive &= ~(1u << me.lane_index);
@@ -230,9 +233,9 @@ void fail(Site site, const char* format, ...) {
   va_start(arguments, format);
   std::vsnprintf(message, sizeof message, format, arguments);
   va_end(arguments);
-  block.report = text_of(site) + ": block " + index_text(block.index) + " thread " + std::to_string(me.thread_index) +
-                 " (warp " + std::to_string(me.warp_index) + " lane " + std::to_string(me.lane_index) +
-                 "): " + message;
+  block.report = text_of(site) + ": block " + index_text(block.index) + " thread " +
+                 std::to_string(me.thread_index) + " (warp " + std::to_string(me.warp_index) + " lane " +
+                 std::to_string(me.lane_index) + "): " + message;
   block.failed = true;
   switch_to(block, me, nullptr);
   __builtin_unreachable();  // a failed block is never continued

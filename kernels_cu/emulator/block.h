@@ -1,7 +1,8 @@
 // The state of one running block: its threads, warps and barriers, and the order in which they run.
 //
-// A worker (an OS thread) owns one Block and runs one block of the grid after another in it. Within a block exactly one
-// fiber runs at a time; it keeps the CPU until it waits for something (suspend) or offers it to others (yield).
+// A worker (an OS thread) owns one Block and runs one block of the grid after another in it. Within a block
+// exactly one fiber runs at a time; it keeps the CPU until it waits for something (suspend) or offers it to
+// others (yield).
 #pragma once
 
 #include <array>
@@ -26,10 +27,11 @@ constexpr std::uint32_t kMaxSharedBytes = 227 * 1024;
 
 // The order in which warps that could run do run.
 enum class Schedule : std::int32_t {
-  kFifo,      // in turn
-  kRandom,    // any of them, preempted now and then
-  kPriority,  // the one with the highest of random priorities that now and then change (PCT: S. Burckhardt et al.,
-              // "A randomized scheduler with probabilistic guarantees of finding bugs", ASPLOS 2010), and preempted
+  kFifo,    // in turn
+  kRandom,  // any of them, preempted now and then
+  // The one with the highest of random priorities that now and then change, and preempted. PCT: S. Burckhardt et
+  // al., "A randomized scheduler with probabilistic guarantees of finding bugs", ASPLOS 2010.
+  kPriority,
 };
 
 // Python fills this: cupyflash/backends/emulator.py.
@@ -62,8 +64,8 @@ struct Thread : Identity {
   Block* block = nullptr;
   bool exited = false;
   Activity activity;
-  std::vector<PendingCopy> copies;          // in the order of issue
-  std::vector<std::uint32_t> copy_groups;   // each group's end in `copies`
+  std::vector<PendingCopy> copies;         // in the order of issue
+  std::vector<std::uint32_t> copy_groups;  // each group's end in `copies`
   Context context;
 };
 
@@ -108,7 +110,9 @@ class Random {
     state_ ^= state_ << 17;
     return state_ * 0x2545F4914F6CDD1Dull;
   }
-  std::uint32_t below(std::uint32_t bound) { return static_cast<std::uint32_t>(((next() >> 32) * bound) >> 32); }
+  std::uint32_t below(std::uint32_t bound) {
+    return static_cast<std::uint32_t>(((next() >> 32) * bound) >> 32);
+  }
 
  private:
   std::uint64_t state_ = 1;
@@ -148,7 +152,7 @@ struct Block {
   bool failed = false;
   std::string report;  // why it failed
   StackPool stacks;
-  Context launcher;    // the worker itself
+  Context launcher;  // the worker itself
 
   // Runs the block `index` of the launch to its end. False if it failed; then `report` says why.
   bool run(const Launch& launch, Dim3 index, std::uint64_t linear_index);

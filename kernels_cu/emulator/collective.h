@@ -11,8 +11,8 @@ namespace emulator {
 [[noreturn]] void report_divergence(const char* what, Site site);
 
 // Brings all lanes of the warp together at one instruction and lets the last one execute it for all:
-// `execute(operands)`, operands[lane] being what that lane passed. Returns when it is done. An `execute` that returns false
-// leaves the warp suspended; whoever it waits for makes it ready.
+// `execute(operands)`, operands[lane] being what that lane passed. Returns when it is done. An `execute` that
+// returns false leaves the warp suspended; whoever it waits for makes it ready.
 template <class Execute>
 void collective(const char* what, Site site, void* operands, Execute execute) {
   Thread& me = current_thread();

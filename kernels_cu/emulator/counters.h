@@ -1,9 +1,9 @@
 // Counts what a profiler would: instructions, bank conflicts of shared memory, sectors of global memory.
 //
-// Model. A warp's access to shared memory takes one wavefront for each different 4-byte word that one of the 32 banks must
-// deliver; accesses of 8 and 16 bytes are served for half and quarter warps, and ldmatrix matrix by matrix. A warp's access
-// to global memory moves every 32-byte sector it touches. `ideal` is the least that the same bytes could have cost, so
-// "no bank conflicts" reads wavefronts == ideal.
+// Model. A warp's access to shared memory takes one wavefront for each different 4-byte word that one of the
+// 32 banks must deliver; accesses of 8 and 16 bytes are served for half and quarter warps, and ldmatrix
+// matrix by matrix. A warp's access to global memory moves every 32-byte sector it touches. `ideal` is the
+// least that the same bytes could have cost, so "no bank conflicts" reads wavefronts == ideal.
 #pragma once
 
 #include <array>
@@ -40,8 +40,9 @@ struct Counters {
   void add(const Counters& other);
 };
 
-// Puts the lanes' separate accesses together to those of a warp: the n-th time each lane comes to one instruction is the
-// same access. Lanes need not come together, so an access that some lanes skip is counted when the block ends.
+// Puts the lanes' separate accesses together to those of a warp: the n-th time each lane comes to one
+// instruction is the same access. Lanes need not come together, so an access that some lanes skip is counted
+// when the block ends.
 class AccessCounter {
  public:
   void reset() { open_.clear(); }

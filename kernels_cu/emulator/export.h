@@ -1,7 +1,8 @@
 // Makes an entry of a kernel file callable from outside.
 //
-// The translation unit of a compiled kernel is: this file, the flattened kernel source, and one CUPYFLASH_EXPORT for each
-// entry. Python finds cupyflash_kernel_<entry> with dlsym and hands it to cupyflash_emulator_launch.
+// The translation unit of a compiled kernel is: this file, the flattened kernel source, and one
+// CUPYFLASH_EXPORT for each entry. Python finds cupyflash_kernel_<entry> with dlsym and hands it to
+// cupyflash_emulator_launch.
 #pragma once
 
 #include <cstddef>
@@ -36,8 +37,8 @@ struct CupyflashKernel {
   const std::size_t* argument_bytes;
 };
 
-#define CUPYFLASH_EXPORT(entry)                                              \
-  extern "C" const CupyflashKernel cupyflash_kernel_##entry;                 \
-  const CupyflashKernel cupyflash_kernel_##entry = {                         \
-      &emulator::Exported<&entry>::run, emulator::Exported<&entry>::kNumArguments, \
-      emulator::Exported<&entry>::kArgumentBytes}
+#define CUPYFLASH_EXPORT(entry)                                                                \
+  extern "C" const CupyflashKernel cupyflash_kernel_##entry;                                   \
+  const CupyflashKernel cupyflash_kernel_##entry = {&emulator::Exported<&entry>::run,          \
+                                                    emulator::Exported<&entry>::kNumArguments, \
+                                                    emulator::Exported<&entry>::kArgumentBytes}

@@ -58,8 +58,8 @@ void switch_context(Context& from, Context& to) { swapcontext(&from.state, &to.s
 
 #else
 
-// Both routines push the registers that a call preserves, store the stack pointer in *from, load it from `to`, pop, and
-// end in a plain return, which the CPU predicts better than an indirect jump.
+// Both routines push the registers that a call preserves, store the stack pointer in *from, load it from
+// `to`, pop, and end in a plain return, which the CPU predicts better than an indirect jump.
 extern "C" void cupyflash_emulator_switch(void** from, void* to);
 
 #if defined(__x86_64__)
@@ -95,7 +95,8 @@ constexpr int kSavedWords = 6;
 
 void* first_frame(std::byte* top, void (*entry)()) {
   auto* frame = reinterpret_cast<std::uint64_t*>(top);
-  *--frame = 0;  // the return address of `entry`: ends a debugger's walk, and aligns the stack as after a call
+  *--frame =
+      0;  // the return address of `entry`: ends a debugger's walk, and aligns the stack as after a call
   *--frame = reinterpret_cast<std::uint64_t>(entry);
   frame -= kSavedWords;
   std::memset(frame, 0, kSavedWords * sizeof(*frame));

@@ -1,8 +1,9 @@
 // Fibers: executions with a stack of their own that hand the CPU to each other by name.
 //
-// Every CUDA thread of a block is one fiber, and all fibers of a block share one OS thread, so a switch is a handful of
-// instructions and nothing runs at the same time. Hand-written for x86-64 and AArch64 (6-9 ns); everything else, and any
-// build with EMULATOR_PORTABLE_FIBERS, goes through ucontext (about 230 ns, because it saves the signal mask).
+// Every CUDA thread of a block is one fiber, and all fibers of a block share one OS thread, so a switch is a
+// handful of instructions and nothing runs at the same time. Hand-written for x86-64 and AArch64 (6-9 ns);
+// everything else, and any build with EMULATOR_PORTABLE_FIBERS, goes through ucontext (about 230 ns, because
+// it saves the signal mask).
 #pragma once
 
 #include <cstddef>
@@ -30,7 +31,8 @@ struct Context {
 #endif
 };
 
-// Stacks of one size, each with an inaccessible page below it, so that an overflow is a fault and not a riddle.
+// Stacks of one size, each with an inaccessible page below it, so that an overflow is a fault and not a
+// riddle.
 class StackPool {
  public:
   static constexpr std::size_t kStackBytes = 64 * 1024;
@@ -52,7 +54,8 @@ class StackPool {
 };
 
 // Makes `context` start `entry` on the given stack at the next switch to it. `entry` must never return.
-// `stagger` (any number >= 0) shifts the first frame: tops that lie exactly 64 KiB apart would share L1 cache sets.
+// `stagger` (any number >= 0) shifts the first frame: tops that lie exactly 64 KiB apart would share L1 cache
+// sets.
 void prepare(Context& context, std::byte* stack_bottom, int stagger, void (*entry)());
 
 // Saves the caller in `from` and continues `to`. Returns when something switches back to `from`.

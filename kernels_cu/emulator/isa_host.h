@@ -1,8 +1,8 @@
-// The functions of isa_sm80.cuh and isa_sm90.cuh for a host compiler, in the same order: each asks the emulator for what the
-// instruction does. What the functions mean is said there, not here.
+// The functions of isa_sm80.cuh and isa_sm90.cuh for a host compiler, in the same order: each asks the
+// emulator for what the instruction does. What the functions mean is said there, not here.
 //
-// The last parameter of an instruction that can be used wrongly is the place in the kernel that used it; callers leave it
-// to its default. isa.cuh includes this file, after types.cuh.
+// The last parameter of an instruction that can be used wrongly is the place in the kernel that used it;
+// callers leave it to its default. isa.cuh includes this file, after types.cuh.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,8 @@
 #include "api.h"
 #include "numeric.h"
 
-// CUDA's words, for a compiler that does not know them. __noinline__ is left alone: libstdc++ uses it as an attribute.
+// CUDA's words, for a compiler that does not know them. __noinline__ is left alone: libstdc++ uses it as an
+// attribute.
 #define __device__
 #define __global__
 #define __forceinline__ inline __attribute__((always_inline))
@@ -182,10 +183,12 @@ inline void ldmatrix_x4_trans(u32 (&frag)[4], u32 row, Site site = Site::here())
   emulator::load_matrices(frag, 4, true, row, site);
 }
 
-inline void mma_m16n8k16(Float16, float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1, Site site = Site::here()) {
+inline void mma_m16n8k16(Float16, float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1,
+                         Site site = Site::here()) {
   emulator::multiply_accumulate(emulator::Format::kFloat16, acc, a, b0, b1, site);
 }
-inline void mma_m16n8k16(BFloat16, float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1, Site site = Site::here()) {
+inline void mma_m16n8k16(BFloat16, float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1,
+                         Site site = Site::here()) {
   emulator::multiply_accumulate(emulator::Format::kBFloat16, acc, a, b0, b1, site);
 }
 inline u32 pack(Float16, float lower, float upper) { return pack_f16x2(lower, upper); }

@@ -1,4 +1,5 @@
-// The number formats of the device, on the host: binary16 and bfloat16 with round-to-nearest-even, and ex2.approx.ftz.
+// The number formats of the device, on the host: binary16 and bfloat16 with round-to-nearest-even, and
+// ex2.approx.ftz.
 #pragma once
 
 #include <cmath>
@@ -45,7 +46,8 @@ inline std::uint16_t f16_from_float(float value) {
 #else
   const std::uint32_t sign = bits_of(value) >> 16 & 0x8000;
   std::uint32_t magnitude = bits_of(value) & 0x7fffffff;
-  if (magnitude >= 0x477ff000) return static_cast<std::uint16_t>(sign | 0x7c00);  // 65520 and above round to infinity
+  if (magnitude >= 0x477ff000)
+    return static_cast<std::uint16_t>(sign | 0x7c00);  // 65520 and above round to infinity
   if (magnitude < 0x38800000) {
     // Below 2^-14 the spacing is 2^-24, that of floats in [0.5, 1): the addition rounds.
     return static_cast<std::uint16_t>(sign | (bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f)));

@@ -34,7 +34,8 @@ bool is_ordered(const Access& earlier, const Clock& clock, int warp, std::uint8_
   if (earlier.lane == kInFlight) return false;
   if (earlier.warp != warp) return clock.seen[earlier.warp] >= earlier.clock;
   if (earlier.clock < clock.seen[warp]) return true;
-  // A collective runs when all lanes have come to it, so reads before it are over, and so are its own when it is.
+  // A collective runs when all lanes have come to it, so reads before it are over, and so are its own when it
+  // is.
   if (!is_write(earlier.kind) && (earlier.lane == kWholeWarp || lane == kWholeWarp)) return true;
   return earlier.lane == lane && lane != kWholeWarp;
 }
@@ -56,10 +57,11 @@ void RaceDetector::begin_block(Clock* clocks, int num_warps) {
   }
 }
 
-// A hash table that never fills up in practice: a kernel has far fewer instructions that touch shared memory. When it
-// does, later sites share the last slot's name.
+// A hash table that never fills up in practice: a kernel has far fewer instructions that touch shared memory.
+// When it does, later sites share the last slot's name.
 std::uint32_t RaceDetector::site_index(Site site) {
-  auto slot = (reinterpret_cast<std::uintptr_t>(site.file) * 31 + static_cast<std::uintptr_t>(site.line)) % kSites;
+  auto slot =
+      (reinterpret_cast<std::uintptr_t>(site.file) * 31 + static_cast<std::uintptr_t>(site.line)) % kSites;
   for (int probes = 0; probes < kSites; ++probes, slot = (slot + 1) % kSites) {
     Site& entry = sites_[slot];
     if (entry.file == nullptr) entry = site;
@@ -68,8 +70,9 @@ std::uint32_t RaceDetector::site_index(Site site) {
   return static_cast<std::uint32_t>(slot);
 }
 
-bool RaceDetector::access(const Clock& clock, int warp, std::uint8_t lane, AccessKind kind, std::uint32_t offset,
-                          std::uint32_t bytes, Site site, char* report, std::size_t report_bytes) {
+bool RaceDetector::access(const Clock& clock, int warp, std::uint8_t lane, AccessKind kind,
+                          std::uint32_t offset, std::uint32_t bytes, Site site, char* report,
+                          std::size_t report_bytes) {
   if (!enabled_) return true;
   Access mine;
   mine.clock = clock.seen[warp];
@@ -82,14 +85,14 @@ bool RaceDetector::access(const Clock& clock, int warp, std::uint8_t lane, Acces
     const Site other = sites_[earlier.site];
     char lane_text[24] = "";
     if (earlier.lane < kWholeWarp) std::snprintf(lane_text, sizeof lane_text, " lane %d", earlier.lane);
-    const char* cure = earlier.lane == kInFlight  ? "cp.async wait"
-                       : earlier.warp == warp     ? "__syncwarp"
-                                                  : "barrier";
+    const char* cure = earlier.lane == kInFlight ? "cp.async wait"
+                       : earlier.warp == warp    ? "__syncwarp"
+                                                 : "barrier";
     std::snprintf(report, report_bytes,
                   "shared-memory race: %s of shared+0x%x is not ordered after the %s by warp %d%s at %s:%d "
                   "(missing %s?)",
-                  name_of(kind), word * 4, name_of(earlier.kind), earlier.warp, lane_text, base_name(other.file),
-                  other.line, cure);
+                  name_of(kind), word * 4, name_of(earlier.kind), earlier.warp, lane_text,
+                  base_name(other.file), other.line, cure);
     return false;
   };
 
@@ -105,7 +108,8 @@ bool RaceDetector::access(const Clock& clock, int warp, std::uint8_t lane, Acces
       word.reads[0].clock = 0;
       continue;
     }
-    // A read: replaces this warp's earlier one, which any writer ordered after this one is ordered after as well.
+    // A read: replaces this warp's earlier one, which any writer ordered after this one is ordered after as
+    // well.
     int slot = 0;
     while (slot < kReaders - 1 && word.reads[slot].clock != 0 && word.reads[slot].warp != warp) ++slot;
     Access& read = word.reads[slot];
@@ -120,7 +124,8 @@ bool RaceDetector::access(const Clock& clock, int warp, std::uint8_t lane, Acces
   return true;
 }
 
-void RaceDetector::land(const Clock& clock, int warp, std::uint8_t lane, std::uint32_t offset, std::uint32_t bytes) {
+void RaceDetector::land(const Clock& clock, int warp, std::uint8_t lane, std::uint32_t offset,
+                        std::uint32_t bytes) {
   if (!enabled_) return;
   for (std::uint32_t w = offset / 4; w < (offset + bytes + 3) / 4; ++w) {
     words_[w].write.lane = lane;

@@ -1,17 +1,18 @@
 // Finds accesses to shared memory that nothing orders, in whatever order they happened to run.
 //
-// Every warp carries a vector clock: one number per warp, "how far I have seen each warp's work". A warp's own number goes
-// up whenever it publishes its work (a barrier, __syncwarp); waiting at a barrier joins the clocks of those who arrived.
-// Every 4-byte word of shared memory remembers its last write and the reads since, each with the accessor's number at that
-// time. An access by warp B is ordered after an earlier one by warp A if B's clock has seen A's number. (FastTrack,
-// C. Flanagan and S. N. Freund, PLDI 2009, with warps for threads.)
+// Every warp carries a vector clock: one number per warp, "how far I have seen each warp's work". A warp's
+// own number goes up whenever it publishes its work (a barrier, __syncwarp); waiting at a barrier joins the
+// clocks of those who arrived. Every 4-byte word of shared memory remembers its last write and the reads
+// since, each with the accessor's number at that time. An access by warp B is ordered after an earlier one by
+// warp A if B's clock has seen A's number. (FastTrack, C. Flanagan and S. N. Freund, PLDI 2009, with warps
+// for threads.)
 //
-// Within a warp the lanes are told apart too: another lane's access is ordered only if the warp's own number has moved
-// since, which is what finds a missing __syncwarp. What an instruction of the whole warp does (ldmatrix, stmatrix) belongs
-// to no lane.
+// Within a warp the lanes are told apart too: another lane's access is ordered only if the warp's own number
+// has moved since, which is what finds a missing __syncwarp. What an instruction of the whole warp does
+// (ldmatrix, stmatrix) belongs to no lane.
 //
-// A destination of cp.async is written by nobody in particular until the copying thread has waited for it: an access in
-// between races with the copy even from the same thread.
+// A destination of cp.async is written by nobody in particular until the copying thread has waited for it: an
+// access in between races with the copy even from the same thread.
 #pragma once
 
 #include <array>

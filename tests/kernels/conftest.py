@@ -1,37 +1,18 @@
-"""What the kernel tests need from the machine: a C++ compiler for most, NVRTC for some.
-
-A test without it is skipped with the reason.  ``CUPYFLASH_REQUIRE=cxx,nvrtc`` turns such a skip into a failure, so that a
-run that has to have them cannot be green without.
-"""
+"""What some kernel tests need from the machine beside a C++ compiler."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
-from cupyflash.build.host import find_compiler
 from cupyflash.build.nvrtc import nvrtc_version
 from cupyflash.errors import Unsupported
+from tests.conftest import Require
 
 
-def _need(what: str, find: object) -> None:
-    assert callable(find)
+@pytest.fixture(scope="session")
+def nvrtc(require: Require) -> tuple[int, int]:
+    """The version of the compiler for GPUs."""
     try:
-        find()
+        return require("nvrtc", nvrtc_version(), "")
     except Unsupported as error:
-        if what in os.environ.get("CUPYFLASH_REQUIRE", "").split(","):
-            pytest.fail(f"CUPYFLASH_REQUIRE names {what}, but: {error}")
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="session")
-def cxx() -> None:
-    """Only where kernels can be compiled for the CPU."""
-    _need("cxx", find_compiler)
-
-
-@pytest.fixture(scope="session")
-def nvrtc() -> None:
-    """Only where kernels can be compiled for a GPU."""
-    _need("nvrtc", nvrtc_version)
+        return require("nvrtc", None, str(error))

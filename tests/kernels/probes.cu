@@ -1,17 +1,24 @@
-// One tiny kernel for each function of the ISA layer: a lane reads its operands from `in`, executes the function once and
-// writes what it got to `out`. tests/kernels/test_isa.py holds the results to NumPy models written from the PTX ISA.
+// One tiny kernel for each function of the ISA layer: a lane reads its operands from `in`, executes the
+// function once and writes what it got to `out`. tests/kernels/test_isa.py holds the results to NumPy models
+// written from the PTX ISA.
 #include "isa.cuh"
 
 // Row `lane` of an array with `width` words for each lane.
-__device__ __forceinline__ const u32* operands(const u32* in, int width) { return in + width * isa::thread_index(); }
+__device__ __forceinline__ const u32* operands(const u32* in, int width) {
+  return in + width * isa::thread_index();
+}
 __device__ __forceinline__ u32* results(u32* out, int width) { return out + width * isa::thread_index(); }
-__device__ __forceinline__ float load_float(const u32* address) { return isa::bits_float(isa::ldg_4(address)); }
-__device__ __forceinline__ void store_float(u32* address, float value) { isa::stg_4(address, isa::float_bits(value)); }
+__device__ __forceinline__ float load_float(const u32* address) {
+  return isa::bits_float(isa::ldg_4(address));
+}
+__device__ __forceinline__ void store_float(u32* address, float value) {
+  isa::stg_4(address, isa::float_bits(value));
+}
 
 extern "C" __global__ void probe_identity(u32* out) {
   const int num_threads = 64;
-  const int block =
-      (isa::block_index_z() * isa::grid_size_y() + isa::block_index_y()) * isa::grid_size_x() + isa::block_index_x();
+  const int block = (isa::block_index_z() * isa::grid_size_y() + isa::block_index_y()) * isa::grid_size_x() +
+                    isa::block_index_x();
   u32* mine = out + 9 * (block * num_threads + isa::thread_index());
   const int values[9] = {isa::thread_index(),  isa::warp_index(),    isa::lane_index(),
                          isa::block_index_x(), isa::block_index_y(), isa::block_index_z(),
@@ -55,7 +62,8 @@ extern "C" __global__ void probe_vote(const u32* in, u32* out) {
   isa::stg_4(results(out, 3) + 2, isa::all(predicate));
 }
 
-// in: seven words; they go to global memory, to shared memory and back, in pieces of 4, 8 and 16 bytes (28 of 32 used).
+// in: seven words; they go to global memory, to shared memory and back, in pieces of 4, 8 and 16 bytes (28 of
+// 32 used).
 extern "C" __global__ void probe_memory(const u32* in, u32* out) {
   const u32* source = operands(in, 8);
   const u32 shared = isa::shared_base() + 32 * isa::thread_index();
@@ -98,7 +106,8 @@ __device__ __forceinline__ void fill_shared(const u32* in) {
   isa::sync_threads();
 }
 
-// in: 64 rows of 16 bytes; rows: the row whose address each lane passes. out: x1, x2, x4, plain and transposed.
+// in: 64 rows of 16 bytes; rows: the row whose address each lane passes. out: x1, x2, x4, plain and
+// transposed.
 extern "C" __global__ void probe_ldmatrix(const u32* in, const u32* rows, u32* out) {
   fill_shared(in);
   const u32 row = isa::shared_base() + 16 * isa::ldg_4(operands(rows, 1));
@@ -142,14 +151,15 @@ __device__ __forceinline__ void multiply(const u32* in, u32* out) {
 extern "C" __global__ void probe_mma_f16(const u32* in, u32* out) { multiply<Float16>(in, out); }
 extern "C" __global__ void probe_mma_bf16(const u32* in, u32* out) { multiply<BFloat16>(in, out); }
 
-// Four warps. Warps 1 to 3 write a word each and arrive; warp 0 waits for the 128 threads and reads them all. Barrier 1 is
-// used twice, to see that it starts over.
+// Four warps. Warps 1 to 3 write a word each and arrive; warp 0 waits for the 128 threads and reads them all.
+// Barrier 1 is used twice, to see that it starts over.
 extern "C" __global__ void probe_named_barrier(u32* out) {
   for (int round = 0; round < 2; ++round) {
     if (isa::warp_index() == 0) {
       isa::barrier_sync(1, 128);
       u32 sum = 0;
-      for (int w = 1; w < 4; ++w) sum += isa::ld_shared_4(isa::shared_base() + 128 * w + 4 * isa::lane_index());
+      for (int w = 1; w < 4; ++w)
+        sum += isa::ld_shared_4(isa::shared_base() + 128 * w + 4 * isa::lane_index());
       isa::stg_4(out + 32 * round + isa::lane_index(), sum);
       isa::barrier_arrive(2, 128);
     } else {

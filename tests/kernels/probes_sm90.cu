@@ -1,7 +1,8 @@
 // As probes.cu, for the functions that need sm_90.
 #include "isa.cuh"
 
-// in: 4 words of each lane; rows: the row whose address each lane passes. Then all of shared memory, 1024 bytes, goes out.
+// in: 4 words of each lane; rows: the row whose address each lane passes. Then all of shared memory, 1024
+// bytes, goes out.
 template <class Store>
 __device__ __forceinline__ void store_and_dump(const u32* in, const u32* rows, u32* out, Store store) {
   u32 frag[4];

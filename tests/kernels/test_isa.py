@@ -1,7 +1,8 @@
-"""Each function of the ISA layer, run by the emulator, against a NumPy model written from the tables of the PTX ISA.
+"""Each function of the ISA layer, run by the emulator, against a NumPy model written from the tables of the
+PTX ISA.
 
-The models are stated the way the PTX ISA states them (element i of a fragment is at row ..., column ...), not the way the
-emulator computes them (lane by lane).
+The models are stated the way the PTX ISA states them (element i of a fragment is at row ..., column ...), not
+the way the emulator computes them (lane by lane).
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def run(file, name, *arrays, out, threads=LANES, shared_mem=0, grid=(1,), option
     result = guarded_array(out, np.uint32, "out")
     result[...] = 0xFFFFFFFF
     inputs = [guarded_copy(np.ascontiguousarray(array), f"input {i}") for i, array in enumerate(arrays)]
-    probes(file).get_function(name)(grid, (threads,), (*inputs, result), shared_mem=shared_mem, options=options)
+    probes(file).get_function(name)(
+        grid, (threads,), (*inputs, result), shared_mem=shared_mem, options=options
+    )
     return result
 
 
@@ -49,7 +52,21 @@ def test_identity():
         np.testing.assert_array_equal(out[block], expected)
 
 
-SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 65504.0, 65519.99, 65520.0, 2.0**-14, 2.0**-24, 2.0**-25, 1e-40, -130.0]
+SPECIAL = [
+    0.0,
+    -0.0,
+    np.inf,
+    -np.inf,
+    np.nan,
+    65504.0,
+    65519.99,
+    65520.0,
+    2.0**-14,
+    2.0**-24,
+    2.0**-25,
+    1e-40,
+    -130.0,
+]
 
 
 def test_convert(rng):
@@ -67,11 +84,13 @@ def test_convert(rng):
         np.testing.assert_allclose(out[:, 0].view(np.float32), expected.astype(np.float32), rtol=2.0**-22)
         for column, dtype in ((1, np.float16), (2, ml_dtypes.bfloat16)):
             bits = [np.where(np.isnan(x), 0x7FFF, x.astype(dtype).view(np.uint16)) for x in (lower, upper)]
-            np.testing.assert_array_equal(out[:, column], bits[0].astype(np.uint32) | bits[1].astype(np.uint32) << 16)
+            np.testing.assert_array_equal(
+                out[:, column], bits[0].astype(np.uint32) | bits[1].astype(np.uint32) << 16
+            )
 
 
 def test_unpack_all_values():
-    """All 65536 patterns of both formats, in 2048 launches' worth of one grid-free loop: 64 chunks suffice for each byte."""
+    """All 65536 patterns of both formats, 1024 in one block."""
     patterns = np.arange(65536, dtype=np.uint16)
     for chunk in np.split(patterns, 65536 // 1024):
         out = run("probes.cu", "probe_unpack", chunk.astype(np.uint32), out=(1024, 2), threads=1024)
@@ -86,7 +105,10 @@ def test_shuffle(rng):
     value = rng.integers(0, 2**32, LANES, dtype=np.uint32)
     value = np.where((value & 0x7F800000) == 0x7F800000, value & 0xBFFFFFFF, value)  # NaNs would not compare
     lane = np.arange(LANES)
-    for operand in (rng.integers(0, 32, LANES).astype(np.uint32), *(np.full(LANES, n, np.uint32) for n in (0, 1, 16, 31))):
+    for operand in (
+        rng.integers(0, 32, LANES).astype(np.uint32),
+        *(np.full(LANES, n, np.uint32) for n in (0, 1, 16, 31)),
+    ):
         out = run("probes.cu", "probe_shuffle", words(value, operand), out=(LANES, 6))
         n = operand.astype(np.int64)
         down = np.where(lane + n < LANES, lane + n, lane)
@@ -138,7 +160,7 @@ def test_cp_async(rng, options):
 
 
 def matrix_fragment(matrices, transposed):
-    """PTX ISA, ldmatrix: thread T gets, of each matrix, row T / 4 and in it the elements 2 (T % 4) and 2 (T % 4) + 1."""
+    """PTX ISA, ldmatrix: of each matrix, thread T gets the elements (T / 4, 2 (T % 4)) and its neighbour."""
     if transposed:
         matrices = matrices.swapaxes(1, 2)
     return matrices.reshape(-1, LANES, 2).swapaxes(0, 1)  # lane, matrix, element
@@ -207,7 +229,9 @@ def test_mma(rng, name):
 
 @pytest.mark.parametrize("options", ALL_OPTIONS, ids=repr)
 def test_named_barrier(options):
-    out = run("probes.cu", "probe_named_barrier", out=(2, LANES), threads=128, shared_mem=512, options=options)
+    out = run(
+        "probes.cu", "probe_named_barrier", out=(2, LANES), threads=128, shared_mem=512, options=options
+    )
     thread = np.arange(32, 128).reshape(3, LANES)
     np.testing.assert_array_equal(out, [thread.sum(0), (thread + 1000).sum(0)])
 

@@ -1,0 +1,36 @@
+# PYTHON chooses the interpreter; the tools are taken from beside it.
+PYTHON ?= python3
+export PATH := $(dir $(shell command -v $(PYTHON))):$(PATH)
+
+KERNEL_SOURCES = $(shell find kernels_cu -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
+
+.PHONY: help check lint test fuzz bench gpu format
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+
+check: lint  ## lint and the quick tests: before every commit
+	$(PYTHON) -m pytest -q -m "not slow and not gpu"
+
+lint:  ## formatting, ruff, mypy, clang-format (pip install -e '.[dev]')
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m mypy
+	clang-format --dry-run --Werror $(KERNEL_SOURCES)
+
+test:  ## every test that this machine can run
+	$(PYTHON) -m pytest
+
+fuzz:  ## the property tests with many examples
+	HYPOTHESIS_PROFILE=nightly $(PYTHON) -m pytest tests/fuzz
+
+bench:  ## the benchmarks (pip install -e '.[bench]')
+	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(PYTHON) "$$file"; done
+
+gpu:  ## the tests that need a GPU
+	@echo "There are no GPU kernels yet, so there is nothing to test on a GPU." >&2; exit 1
+
+format:  ## rewrite the files as the formatters want them
+	$(PYTHON) -m ruff check --fix
+	$(PYTHON) -m ruff format
+	clang-format -i $(KERNEL_SOURCES)

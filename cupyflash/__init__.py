@@ -1,0 +1,28 @@
+"""Scaled-dot-product attention for NumPy and CuPy arrays.
+
+`attention` is the library.  `attention_weights`, `merge_attention`, `dropout_mask` and `flops` go with it, `formulas` derives its
+algorithm step by step, and `register_backend` adds implementations.  `cupyflash.testing` has what its tests compare with.
+"""
+
+from __future__ import annotations
+
+from . import formulas
+from .api import attention, attention_weights
+from .backends.registry import backends, register_backend
+from .errors import CupyflashError, Unsupported
+from .merge import merge_attention
+from .problem.philox import dropout_mask
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CupyflashError",
+    "Unsupported",
+    "attention",
+    "attention_weights",
+    "backends",
+    "dropout_mask",
+    "formulas",
+    "merge_attention",
+    "register_backend",
+]

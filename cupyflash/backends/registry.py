@@ -1,0 +1,111 @@
+"""Backends by name, and the choice among them.
+
+A name given by the user (the argument `backend`, or the environment variable CUPYFLASH_BACKEND) is obeyed or refused
+with reasons, never replaced.  Without one the arrays decide.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from ..errors import Unsupported
+from ..problem.normalize import Buffers, Problem
+from .reference import MathBackend
+from .tiled import NumpyBackend
+
+__all__ = ["Backend", "backends", "register_backend", "select"]
+
+_ENVIRONMENT = "CUPYFLASH_BACKEND"
+_DEFAULTS = {"numpy": "numpy", "cupy": "cuda"}
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """What a backend provides."""
+
+    def reasons(self, problem: Problem) -> Sequence[str]:
+        """Why this backend can't run the problem, one sentence each; empty if it can."""
+
+    def run(self, problem: Problem, buffers: Buffers) -> None:
+        """Fill `buffers.out`, and `buffers.lse` and `buffers.weights` where they are not None."""
+
+
+_lock = threading.Lock()
+_backends: dict[str, Backend] = {"numpy": NumpyBackend(), "math": MathBackend()}
+
+
+def register_backend(name: str, backend: Backend, *, overwrite: bool = False) -> None:
+    """Make a backend available as ``attention(…, backend=name)``.
+
+    Parameters
+    ----------
+    name : str
+    backend : Backend
+        An object with the methods ``reasons(problem)`` and ``run(problem, buffers)``; see
+        `cupyflash.backends.registry.Backend` and, for what they are given, `cupyflash.problem.normalize`.
+    overwrite : bool
+        Replace a backend of the same name.
+
+    Raises
+    ------
+    TypeError
+        name is not a str, or backend lacks a method.
+    ValueError
+        name is empty, or taken and overwrite is False.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, but was {name!r}")
+    if not name:
+        raise ValueError("name must not be empty")
+    if not isinstance(backend, Backend):
+        raise TypeError(f"backend must have the methods reasons and run, but was {backend!r}")
+    with _lock:
+        if name in _backends and not overwrite:
+            raise ValueError(f"name must be new unless overwrite=True, but {name!r} is registered already")
+        _backends[name] = backend
+
+
+def backends() -> tuple[str, ...]:
+    """Names of the registered backends."""
+    return tuple(_backends)
+
+
+def select(problem: Problem, name: str | None) -> Backend:
+    """The backend to run the problem: the named one, that of the environment, or the default of the arrays.
+
+    Raises
+    ------
+    TypeError, ValueError
+        the name is no str, or unknown.
+    Unsupported
+        that backend can't run the problem; the message holds the problem and every backend's reasons.
+    """
+    source = "backend"
+    if name is None:
+        name = os.environ.get(_ENVIRONMENT) or None
+        source = _ENVIRONMENT
+    if name is None:
+        chosen = _DEFAULTS[problem.library]
+    elif not isinstance(name, str):
+        raise TypeError(f"backend must be one of {backends()} or None, but was {name!r}")
+    elif name not in _backends:
+        raise ValueError(f"{source} must be one of {backends()}, but was {name!r}")
+    else:
+        chosen = name
+    backend = _backends.get(chosen)
+    if backend is None or backend.reasons(problem):
+        raise _unsupported(problem, chosen)
+    return backend
+
+
+def _unsupported(problem: Problem, chosen: str) -> Unsupported:
+    reasons = {name: tuple(backend.reasons(problem)) for name, backend in _backends.items()}
+    if chosen not in reasons:
+        reasons = {chosen: ("it has no kernels in this version",), **reasons}
+    lines = [f"backend {chosen!r} can't run this call:", f"  {problem}".replace("\n", "\n  "), "Reasons:"]
+    for name, why in reasons.items():
+        lines.append(f"  {name}: {'; '.join(why) if why else f'can: pass backend={name!r}'}")
+    return Unsupported("\n".join(lines), reasons)

@@ -1,0 +1,78 @@
+"""Options, hypothesis profiles and the fixtures that every test may use."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+from collections.abc import Collection
+from typing import Protocol, TypeVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+T = TypeVar("T")
+
+REQUIREMENTS = ("cxx", "nvrtc", "gpu")
+
+# No deadlines anywhere: a busy machine is not a bug.
+settings.register_profile("dev", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile(
+    "nightly", deadline=None, max_examples=2000, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") == "true" else "dev"))
+
+
+class Require(Protocol):
+    def __call__(self, name: str, found: T | None, reason: str) -> T: ...
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("cupyflash")
+    for name in REQUIREMENTS:
+        group.addoption(
+            f"--require-{name}", action="store_true", help=f"fail instead of skipping where {name} lacks"
+        )
+
+
+def required_names(config: pytest.Config) -> Collection[str]:
+    """What may not lack in this run: the options, and the comma-separated CUPYFLASH_REQUIRE."""
+    named = {name.strip() for name in os.environ.get("CUPYFLASH_REQUIRE", "").split(",") if name.strip()}
+    if unknown := named.difference(REQUIREMENTS):
+        raise pytest.UsageError(
+            f"CUPYFLASH_REQUIRE names {sorted(unknown)}; expected some of {list(REQUIREMENTS)}"
+        )
+    return named.union(name for name in REQUIREMENTS if config.getoption(f"--require-{name}"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    required_names(config)  # a misspelt name must stop the run, not weaken it
+
+
+@pytest.fixture(scope="session")
+def require(pytestconfig: pytest.Config) -> Require:
+    """``require(name, found, reason)`` gives back what was found; None skips, or fails if required."""
+    required = required_names(pytestconfig)
+
+    def check(name: str, found: T | None, reason: str) -> T:
+        if name not in REQUIREMENTS:
+            raise ValueError(f"require: name={name!r}, expected one of {REQUIREMENTS}")
+        if found is not None:
+            return found
+        if name in required:
+            pytest.fail(f"{name} is required in this run: {reason}", pytrace=False)
+        pytest.skip(f"{name}: {reason}")
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def cxx(require: Require) -> list[str]:
+    """The command of the host's C++ compiler: CXX where it is set, else the first of c++, g++ and clang++."""
+    if "CXX" in os.environ:
+        command = shlex.split(os.environ["CXX"])
+        found = command if command and shutil.which(command[0]) else None
+        return require("cxx", found, f"CXX={os.environ['CXX']!r} is not a program on PATH")
+    found = next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    return require("cxx", found, "none of c++, g++ and clang++ is on PATH, and CXX is not set")
