@@ -30,6 +30,7 @@ _COMMON_FLAGS = (
     "-shared",
     "-pthread",
     "-g1",
+    "-fvisibility=hidden",
     "-ftls-model=initial-exec",
 )
 # -U_FORTIFY_SOURCE: the checked longjmp and friends object to stacks that are not the thread's own.

@@ -9,6 +9,9 @@
 
 #include "site.h"
 
+// The libraries of kernels and of the runtime hide all symbols but those they mean to share.
+#pragma GCC visibility push(default)
+
 namespace emulator {
 
 struct Dim3 {
@@ -61,3 +64,5 @@ void multiply_accumulate(Format, float* acc, const std::uint32_t* a, std::uint32
                          Site);
 
 }  // namespace emulator
+
+#pragma GCC visibility pop

@@ -37,8 +37,9 @@ struct CupyflashKernel {
   const std::size_t* argument_bytes;
 };
 
-#define CUPYFLASH_EXPORT(entry)                                                                \
-  extern "C" const CupyflashKernel cupyflash_kernel_##entry;                                   \
-  const CupyflashKernel cupyflash_kernel_##entry = {&emulator::Exported<&entry>::run,          \
-                                                    emulator::Exported<&entry>::kNumArguments, \
+// Only this symbol is visible: an entry that happens to be called `write` must not meet the C library's.
+#define CUPYFLASH_EXPORT(entry)                                                                     \
+  extern "C" __attribute__((visibility("default"))) const CupyflashKernel cupyflash_kernel_##entry; \
+  const CupyflashKernel cupyflash_kernel_##entry = {&emulator::Exported<&entry>::run,               \
+                                                    emulator::Exported<&entry>::kNumArguments,      \
                                                     emulator::Exported<&entry>::kArgumentBytes}

@@ -13,6 +13,8 @@ struct CupyflashKernel {
   const std::size_t* argument_bytes;
 };
 
+#pragma GCC visibility push(default)
+
 extern "C" {
 
 // Like cuLaunchKernel: arguments[i] points at the i-th argument's value. Returns 0, or 1 with the reason in
@@ -22,3 +24,5 @@ int cupyflash_emulator_launch(const CupyflashKernel* kernel, const std::uint32_t
                               const emulator::LaunchOptions* options, emulator::Counters* counters,
                               char* report, std::size_t report_bytes);
 }
+
+#pragma GCC visibility pop

@@ -42,6 +42,8 @@ class AlternateStack {
 
 }  // namespace emulator
 
+#pragma GCC visibility push(default)
+
 extern "C" {
 
 // An array of `bytes` bytes at a multiple of `alignment` (a power of two up to 4096), all zero, pages taken
@@ -50,3 +52,5 @@ extern "C" {
 void* cupyflash_emulator_allocate(std::size_t bytes, std::size_t alignment, int at_start, const char* name);
 void cupyflash_emulator_free(void* array);
 }
+
+#pragma GCC visibility pop

@@ -41,7 +41,8 @@ def probes(file: str) -> Module:
 
 
 def line_of(text: str, mark: str) -> int:
-    """The number of the one line of ``text`` that holds ``mark``."""
-    numbers = [number for number, line in enumerate(text.splitlines(), 1) if mark in line]
+    """The number of the one line of ``text`` that holds the word or words ``mark``."""
+    word = re.compile(re.escape(mark) + r"\b")
+    numbers = [number for number, line in enumerate(text.splitlines(), 1) if word.search(line)]
     assert len(numbers) == 1, f"{mark!r} is on lines {numbers}"
     return numbers[0]
