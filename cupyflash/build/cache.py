@@ -95,9 +95,11 @@ class Cache:
                 return entry
             workplace = Path(tempfile.mkdtemp(prefix=f".{key[:8]}-", dir=self.folder))
             try:
-                build(workplace)
-                _write_manifest(workplace)
-                self._install(workplace, entry)
+                made = workplace / "made"
+                made.mkdir(mode=0o700)
+                build(made)
+                _write_manifest(made)
+                self._install(made, entry)
             finally:
                 shutil.rmtree(workplace, ignore_errors=True)
             self._evict(keep=entry)
@@ -113,13 +115,13 @@ class Cache:
             return False
         return True
 
-    def _install(self, workplace: Path, entry: Path) -> None:
-        # What is at the place now, if anything, is damaged: _use has just refused it.
+    def _install(self, made: Path, entry: Path) -> None:
+        # What is at the place now, if anything, is damaged, for _use has just refused it. It goes with the
+        # workplace.
         with contextlib.suppress(FileNotFoundError):
-            os.rename(entry, workplace / "damaged")
-            shutil.rmtree(workplace / "damaged")
+            os.rename(entry, made.with_name("damaged"))
         try:
-            os.rename(workplace, entry)
+            os.rename(made, entry)
         except OSError:
             # Without locks another process may have been quicker; then its entry serves.
             if not _is_whole(entry):

@@ -1,0 +1,277 @@
+"""The other half of the ISA layer: text and operand order of each instruction, read from the compiler's PTX.
+
+No GPU is needed for that. Each wrapper is compiled alone in a kernel whose parameters are its operands; in
+the PTX, every register is traced back to the parameter it was loaded from, or forward to the element of `out`
+that it is stored to.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from cupyflash.build.nvrtc import compile_ptx
+from cupyflash.build.source import flatten, read_kernel
+from tests.kernels.harness import HERE, source_of
+
+pytestmark = pytest.mark.usefixtures("nvrtc")
+
+FRAG = "u32 f0, u32 f1, u32 f2, u32 f3"
+
+
+def ldmatrix(count, suffix=""):
+    outs = ", ".join(f"out[{i}]" for i in range(count))
+    stores = " ".join(f"out[{i}] = f[{i}];" for i in range(count))
+    trans = ".trans" if suffix else ""
+    return (
+        "u32 row",
+        f"u32 f[{count}]; isa::ldmatrix_x{count}{suffix}(f, row); {stores}",
+        f"ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {{{outs}}}, [row];",
+    )
+
+
+def stmatrix(count, suffix=""):
+    names = ", ".join(f"f{i}" for i in range(count))
+    trans = ".trans" if suffix else ""
+    return (
+        f"u32 row, {FRAG}",
+        f"const u32 f[{count}] = {{{names}}}; isa::stmatrix_x{count}{suffix}(row, f);",
+        f"stmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 [row], {{{names}}};",
+    )
+
+
+def mma(element, name):
+    return (
+        "u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, float c0, float c1, float c2, float c3",
+        "const u32 a[4] = {a0, a1, a2, a3}; float c[4] = {c0, c1, c2, c3}; "
+        f"isa::mma_m16n8k16({element}(), c, a, b0, b1); "
+        "for (int i = 0; i < 4; ++i) out[i] = __float_as_uint(c[i]);",
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{name}.{name}.f32 {{out[0], out[1], out[2], out[3]}}, "
+        "{a0, a1, a2, a3}, {b0, b1}, {out[0], out[1], out[2], out[3]};",
+    )
+
+
+# name of the wrapper: (parameters, statements, the instruction)
+WRAPPERS = {
+    "ex2": ("float x", "out[0] = __float_as_uint(isa::ex2(x));", "ex2.approx.ftz.f32 out[0], x;"),
+    "pack_f16x2": (
+        "float lo, float hi",
+        "out[0] = isa::pack_f16x2(lo, hi);",
+        "cvt.rn.f16x2.f32 out[0], hi, lo;",
+    ),
+    "pack_bf16x2": (
+        "float lo, float hi",
+        "out[0] = isa::pack_bf16x2(lo, hi);",
+        "cvt.rn.bf16x2.f32 out[0], hi, lo;",
+    ),
+    "unpack_f16": ("u16 x", "out[0] = __float_as_uint(isa::unpack_f16(x));", "cvt.f32.f16 out[0], x;"),
+    "sync_warp": ("", "isa::sync_warp();", "bar.warp.sync 0xffffffff;"),
+    "sync_threads": ("", "isa::sync_threads();", "bar.sync 0;"),
+    "barrier_sync": ("int id, int n", "isa::barrier_sync(id, n);", "bar.sync id, n;"),
+    "barrier_arrive": ("int id, int n", "isa::barrier_arrive(id, n);", "bar.arrive id, n;"),
+    "shuffle_xor": (
+        "u32 x, int n",
+        "out[0] = isa::shuffle_xor(x, n);",
+        "shfl.sync.bfly.b32 out[0], x, n, 0x1f, 0xffffffff;",
+    ),
+    "shuffle_idx": (
+        "u32 x, int n",
+        "out[0] = isa::shuffle_idx(x, n);",
+        "shfl.sync.idx.b32 out[0], x, n, 0x1f, 0xffffffff;",
+    ),
+    "shuffle_down": (
+        "u32 x, int n",
+        "out[0] = isa::shuffle_down(x, n);",
+        "shfl.sync.down.b32 out[0], x, n, 0x1f, 0xffffffff;",
+    ),
+    "ldg_4": ("const u32* p", "out[0] = isa::ldg_4(p);", "ld.global.u32 out[0], [p];"),
+    "ldg_8": (
+        "const u32* p",
+        "const uint2 v = isa::ldg_8(p); out[0] = v.x; out[1] = v.y;",
+        "ld.global.v2.u32 {out[0], out[1]}, [p];",
+    ),
+    "ldg_16": (
+        "const u32* p",
+        "const uint4 v = isa::ldg_16(p); out[0] = v.x; out[1] = v.y; out[2] = v.z; out[3] = v.w;",
+        "ld.global.v4.u32 {out[0], out[1], out[2], out[3]}, [p];",
+    ),
+    "stg_4": ("u32* p, u32 x", "isa::stg_4(p, x);", "st.global.u32 [p], x;"),
+    "stg_8": ("u32* p, u32 x, u32 y", "isa::stg_8(p, uint2{x, y});", "st.global.v2.u32 [p], {x, y};"),
+    "stg_16": (
+        f"u32* p, {FRAG}",
+        "isa::stg_16(p, uint4{f0, f1, f2, f3});",
+        "st.global.v4.u32 [p], {f0, f1, f2, f3};",
+    ),
+    "atomic_add": ("u32* p, u32 x", "out[0] = isa::atomic_add(p, x);", "atom.global.add.u32 out[0], [p], x;"),
+    "atomic_add float": (
+        "float* p, float x",
+        "out[0] = __float_as_uint(isa::atomic_add(p, x));",
+        "atom.global.add.f32 out[0], [p], x;",
+    ),
+    "atomic_max": ("u32* p, u32 x", "out[0] = isa::atomic_max(p, x);", "atom.global.max.u32 out[0], [p], x;"),
+    "ld_shared_4": ("u32 p", "out[0] = isa::ld_shared_4(p);", "ld.shared.u32 out[0], [p];"),
+    "ld_shared_8": (
+        "u32 p",
+        "const uint2 v = isa::ld_shared_8(p); out[0] = v.x; out[1] = v.y;",
+        "ld.shared.v2.u32 {out[0], out[1]}, [p];",
+    ),
+    "ld_shared_16": (
+        "u32 p",
+        "const uint4 v = isa::ld_shared_16(p); out[0] = v.x; out[1] = v.y; out[2] = v.z; out[3] = v.w;",
+        "ld.shared.v4.u32 {out[0], out[1], out[2], out[3]}, [p];",
+    ),
+    "st_shared_4": ("u32 p, u32 x", "isa::st_shared_4(p, x);", "st.shared.u32 [p], x;"),
+    "st_shared_8": (
+        "u32 p, u32 x, u32 y",
+        "isa::st_shared_8(p, uint2{x, y});",
+        "st.shared.v2.u32 [p], {x, y};",
+    ),
+    "st_shared_16": (
+        f"u32 p, {FRAG}",
+        "isa::st_shared_16(p, uint4{f0, f1, f2, f3});",
+        "st.shared.v4.u32 [p], {f0, f1, f2, f3};",
+    ),
+    "cp_async_16": (
+        "u32 d, const u32* s, u32 n",
+        "isa::cp_async_16(d, s, n);",
+        "cp.async.cg.shared.global [d], [s], 16, n;",
+    ),
+    "cp_async_commit": ("", "isa::cp_async_commit();", "cp.async.commit_group;"),
+    "cp_async_wait": ("", "isa::cp_async_wait<3>();", "cp.async.wait_group 3;"),
+    "ldmatrix_x1": ldmatrix(1),
+    "ldmatrix_x2": ldmatrix(2),
+    "ldmatrix_x4": ldmatrix(4),
+    "ldmatrix_x1_trans": ldmatrix(1, "_trans"),
+    "ldmatrix_x2_trans": ldmatrix(2, "_trans"),
+    "ldmatrix_x4_trans": ldmatrix(4, "_trans"),
+    "mma_m16n8k16 f16": mma("Float16", "f16"),
+    "mma_m16n8k16 bf16": mma("BFloat16", "bf16"),
+    "stmatrix_x1": stmatrix(1),
+    "stmatrix_x2": stmatrix(2),
+    "stmatrix_x4": stmatrix(4),
+    "stmatrix_x1_trans": stmatrix(1, "_trans"),
+    "stmatrix_x2_trans": stmatrix(2, "_trans"),
+    "stmatrix_x4_trans": stmatrix(4, "_trans"),
+}
+# Functions of several instructions; test_isa.py runs them.
+COMPOSED = {
+    "ballot",
+    "any",
+    "all",
+    "atomic_max",
+    "unpack_bf16",
+    "float_bits",
+    "bits_float",
+    "pack",
+    "shared_base",
+}
+INDICES = {"thread_index", "warp_index", "lane_index"} | {
+    f"{what}_{axis}" for what in ("block_index", "grid_size") for axis in "xyz"
+}
+
+
+def entry_name(wrapper):
+    return "golden_" + wrapper.replace(" ", "_")
+
+
+@pytest.fixture(scope="module")
+def ptx():
+    """The PTX of every wrapper's kernel, by wrapper."""
+    text = '#include "isa.cuh"\n'
+    for wrapper, (parameters, statements, _) in WRAPPERS.items():
+        signature = f"{entry_name(wrapper)}(u32* out{', ' if parameters else ''}{parameters})"
+        text += f'extern "C" __global__ void {signature} {{ {statements} }}\n'
+    whole = compile_ptx(source_of(text, "golden.cu"), "compute_90")
+    bodies = {}
+    for wrapper in WRAPPERS:
+        start = whole.index(f".entry {entry_name(wrapper)}(")
+        bodies[wrapper] = whole[start : whole.index("\n}\n", start)]
+    return bodies
+
+
+def instructions(body, parameters):
+    """The inline assembly of a kernel, registers replaced by what they mean."""
+    names = ["out", *(parameter.split()[-1] for parameter in parameters.split(",") if parameter.strip())]
+    meaning = {}
+    for register, index in re.findall(r"ld\.param\.\w+\s+(%\w+), \[\w+_param_(\d+)\];", body):
+        meaning[register] = names[int(index)]
+    outside = re.sub(r"// begin inline asm.*?// end inline asm", "", body, flags=re.DOTALL)
+    # Copies and conversions of address space do not change what a value is; stores to `out` name results.
+    for target, origin in re.findall(r"(?:mov|cvta\.to\.global)\.\w+\s+(%\w+), (%\w+);", outside):
+        if origin in meaning:
+            meaning[target] = meaning[origin]
+    copies = re.findall(r"mov\.\w+\s+(%\w+), (%\w+);", outside)
+    for address, offset, stored in re.findall(r"st\.global\.\w+\s+\[(%\w+)(?:\+(\d+))?\], (%\w+);", outside):
+        assert meaning[address] == "out"
+        name = f"out[{int(offset or 0) // 4}]"
+        meaning[stored] = name
+        for target, origin in copies:
+            if target == stored:
+                meaning[origin] = name
+    found = re.findall(r"// begin inline asm\s*(.*?)\s*// end inline asm", body, flags=re.DOTALL)
+    return [re.sub(r"%\w+", lambda match: meaning.get(match[0], match[0]), text) for text in found]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_instruction(ptx, wrapper):
+    parameters, _, expected = WRAPPERS[wrapper]
+    assert instructions(ptx[wrapper], parameters) == [expected]
+
+
+def test_accumulators_go_in_and_come_out(ptx):
+    """`+f` operands have one register; it must hold c0..c3 before the mma, in order."""
+    for wrapper in ("mma_m16n8k16 f16", "mma_m16n8k16 bf16"):
+        body = ptx[wrapper]
+        before = body[: body.index("// begin inline asm")]
+        loaded = dict(re.findall(r"ld\.param\.\w+\s+(%\w+), \[\w+_param_(\d+)\];", before))
+        held = {
+            target: loaded[origin] for target, origin in re.findall(r"mov\.\w+\s+(%\w+), (%\w+);", before)
+        }
+        registers = re.search(r"f32 \{(.*?)\}", body)
+        assert registers is not None
+        assert [{**loaded, **held}[register] for register in registers[1].split(", ")] == [
+            "7",
+            "8",
+            "9",
+            "10",
+        ]
+
+
+def test_every_wrapper_is_here():
+    texts = read_kernel("isa_sm80.cuh") + read_kernel("isa_sm90.cuh")
+    functions = set(re.findall(r"__forceinline__ \w+ (\w+)\(", texts))
+    assert functions == {wrapper.split()[0] for wrapper in WRAPPERS} | COMPOSED | INDICES
+
+
+def test_both_homes_have_the_same_functions():
+    """A kernel that compiles against one header compiles against the other: same names, same parameters."""
+
+    def signatures(text, pattern):
+        code = " ".join(re.sub(r"//.*", "", text).split())
+        found = set()
+        for name, parameters in re.findall(pattern, code):
+            parameters = re.sub(r",? ?Site site = Site::here\(\)", "", parameters)
+            found.add((name, parameters))
+        return found
+
+    device = read_kernel("isa_sm80.cuh") + read_kernel("isa_sm90.cuh")
+    host = read_kernel("emulator/isa_host.h")
+    pattern = r"{} [\w]+ (\w+)\(((?:[^()]|\([^()]*\)(?! \{{))*)\) \{{"
+    of_device = signatures(device, pattern.format("__device__ __forceinline__"))
+    of_host = signatures(host[host.index("namespace isa {") :], pattern.format("inline"))
+    assert len(of_device) > 50
+    assert of_device == of_host
+
+
+@pytest.mark.parametrize(
+    ("file", "arch"),
+    [("probes.cu", "compute_80"), ("probes.cu", "compute_90"), ("probes_sm90.cu", "compute_90")],
+)
+def test_probes_compile_for_the_device(file, arch):
+    text = (HERE / file).read_text(encoding="utf-8")
+    assert ".entry probe_" in compile_ptx(source_of(text, file), arch)
+
+
+def test_flattened_text_has_no_emulator_for_the_device():
+    assert "namespace emulator" not in flatten(read_kernel("isa.cuh"), "isa.cuh")
