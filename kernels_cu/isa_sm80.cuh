@@ -328,15 +328,14 @@ __device__ __forceinline__ void ldmatrix_x4_trans(u32 (&frag)[4], u32 row) {
 
 // acc[16 x 8] += a[16 x 16] b[16 x 8], accumulated in float. All 32 lanes.
 //
-// a[0]  (g,     2c .. 2c+1)      b0  k = 2c .. 2c+1,      n = g      acc[0], acc[1]  (g,     2c), (g,
-// 2c+1)
-// a[1]  (g + 8, 2c .. 2c+1)      b1  k = 2c+8 .. 2c+9,    n = g      acc[2], acc[3]  (g + 8, 2c), (g + 8,
-// 2c+1)
-//     a[2]  (g,     2c+8 .. 2c+9)
-//     a[3]  (g + 8, 2c+8 .. 2c+9)
+//     a[0]  (g,     2c .. 2c + 1)           b0  k = 2c .. 2c + 1,      n = g
+//     a[1]  (g + 8, 2c .. 2c + 1)           b1  k = 2c + 8 .. 2c + 9,  n = g
+//     a[2]  (g,     2c + 8 .. 2c + 9)
+//     a[3]  (g + 8, 2c + 8 .. 2c + 9)       acc[0], acc[1]  (g,     2c), (g,     2c + 1)
+//                                           acc[2], acc[3]  (g + 8, 2c), (g + 8, 2c + 1)
 //
-// Two neighbouring accumulators, packed, are therefore the a of the next product: P goes from Q K^T to P V in
-// registers.
+// Two neighbouring accumulators, packed, are therefore the a of the next product: P goes from Q K^T to P V
+// without leaving its lane.
 __device__ __forceinline__ void mma_m16n8k16(Float16, float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "

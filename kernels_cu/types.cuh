@@ -8,8 +8,10 @@ using u32 = unsigned int;
 using u64 = unsigned long long;
 
 // Elements of 16 bits travel as bits, two of them in a u32, the one with the lower index in the lower half.
-// These types
-// only say which format the bits are in: `using Element = BFloat16;` in a Config chooses instructions, never
-// storage.
+// These types only say which format the bits are in: `using Element = BFloat16;` in a Config chooses
+// instructions, never storage.
 struct Float16 {};   // IEEE 754 binary16
 struct BFloat16 {};  // the upper half of a binary32
+
+// -inf as a float's bits; there is no INFINITY without <math.h>.
+constexpr u32 kNegativeInfinityBits = 0xff800000u;

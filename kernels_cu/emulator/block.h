@@ -29,8 +29,8 @@ constexpr std::uint32_t kMaxSharedBytes = 227 * 1024;
 enum class Schedule : std::int32_t {
   kFifo,    // in turn
   kRandom,  // any of them, preempted now and then
-  // The one with the highest of random priorities that now and then change, and preempted. PCT: S. Burckhardt et
-  // al., "A randomized scheduler with probabilistic guarantees of finding bugs", ASPLOS 2010.
+  // The one with the highest of random priorities that now and then change, and preempted. PCT: S. Burckhardt
+  // et al., "A randomized scheduler with probabilistic guarantees of finding bugs", ASPLOS 2010.
   kPriority,
 };
 

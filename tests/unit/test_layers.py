@@ -27,6 +27,7 @@ ORDER = [
     "problem.normalize",
     "build",
     "build.source",
+    "build.params",
     "build.cache",
     "build.host",
     "build.nvrtc",

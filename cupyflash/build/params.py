@@ -1,0 +1,47 @@
+"""The kernels' parameter blocks as NumPy dtypes.
+
+kernels_cu/params.cuh declares the same structures in C++.  `layout_checks` writes, for the end of a kernel's
+source, an assertion for every field, so that a drift between the two is a compile error that names the field.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["FWD_PARAMS", "TENSOR", "layout_checks"]
+
+TENSOR = np.dtype(
+    [("data", np.uintp), ("batch_stride", np.int64), ("head_stride", np.int64), ("row_stride", np.int64)],
+    align=True,
+)
+
+FWD_PARAMS = np.dtype(
+    [
+        ("q", TENSOR),
+        ("k", TENSOR),
+        ("v", TENSOR),
+        ("out", TENSOR),
+        ("lse", np.uintp),
+        ("num_heads_q", np.int32),
+        ("group_size", np.int32),
+        ("seqlen_q", np.int32),
+        ("seqlen_k", np.int32),
+        ("lower", np.int32),
+        ("upper", np.int32),
+        ("scale", np.float32),
+    ],
+    align=True,
+)
+
+
+def layout_checks(structure: str, dtype: np.dtype[np.void]) -> str:
+    """``static_assert`` lines that hold the C++ ``structure`` to ``dtype``: size and places."""
+    assert dtype.fields is not None
+    lines = [
+        f'static_assert(sizeof({structure}) == {dtype.itemsize}, "{structure} has another size in Python");'
+    ]
+    for name, (field, offset, *_) in dtype.fields.items():
+        where = f"__builtin_offsetof({structure}, {name}) == {offset}"
+        size = f"sizeof({structure}::{name}) == {field.itemsize}"
+        lines.append(f'static_assert({where} && {size}, "{structure}.{name} lies elsewhere in Python");')
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,60 @@
+// The end of a forward pass: O / l and the log-sum-exp. FlashAttention-2, Algorithm 1, lines 12 and 13.
+#pragma once
+
+#include "copy.cuh"
+#include "softmax.cuh"
+
+// Divides O by the row sums and adds the sums up over the lanes of a row. A row without keys becomes 0.
+template <int kOutTiles>
+__device__ __forceinline__ void normalize(float (&o_frag)[kOutTiles][4], RowState& state) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float row_sum = state.row_sum[half];
+    row_sum += isa::shuffle_xor(row_sum, 1);
+    row_sum += isa::shuffle_xor(row_sum, 2);
+    state.row_sum[half] = row_sum;
+    const float inverse = row_sum == 0.0f ? 0.0f : 1.0f / row_sum;
+#pragma unroll
+    for (int n = 0; n < kOutTiles; ++n) {
+      o_frag[n][2 * half] *= inverse;
+      o_frag[n][2 * half + 1] *= inverse;
+    }
+  }
+}
+
+// The log-sum-exp of the warp's rows, natural logarithm: scale m + ln l; -inf without keys. lse_gmem is that
+// of row 0.
+__device__ __forceinline__ void store_lse(float* lse_gmem, const RowState& state, float scale, int row_begin,
+                                          int num_rows) {
+  const int lane = isa::lane_index();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = row_begin + acc_row(lane, 2 * half);
+    const bool has_keys = state.row_sum[half] != 0.0f;
+    const float lse = state.row_max[half] * scale + logf(state.row_sum[half]);
+    // One of the row's four lanes writes.
+    if (lane % 4 == 0 && row < num_rows) {
+      isa::stg_4(lse_gmem + row, has_keys ? isa::float_bits(lse) : kNegativeInfinityBits);
+    }
+  }
+}
+
+// The warp's rows of O, rounded, through its own rows of a tile in shared memory, so that they leave in
+// pieces of 16 bytes. Nobody else may be using those rows of the tile.
+template <class Config, class Tile>
+__device__ __forceinline__ void store_out(const HeadRows& out, u32 tile_smem,
+                                          const float (&o_frag)[Config::kHeadDim / 8][4], int tile_row,
+                                          int row_begin, int num_rows) {
+  const int lane = isa::lane_index();
+#pragma unroll
+  for (int n = 0; n < Config::kHeadDim / 8; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const u32 chunk_smem = Tile::chunk(tile_smem, tile_row + acc_row(lane, 2 * half), n);
+      const u32 pair = isa::pack(typename Config::Element(), o_frag[n][2 * half], o_frag[n][2 * half + 1]);
+      isa::st_shared_4(chunk_smem + 2 * acc_column(lane, 0), pair);
+    }
+  }
+  isa::sync_warp();  // the warp's other lanes have written what this one reads
+  store_warp_rows<Tile>(out, tile_smem, tile_row, row_begin, num_rows);
+}

@@ -1,0 +1,66 @@
+// Softmax over keys that come tile by tile: FlashAttention-2 (T. Dao, 2023), Algorithm 1, lines 8 to 10 and
+// 12 to 13.
+//
+//     m'  = max(m, rowmax(S))          the running maximum
+//     P   = exp(S - m')
+//     l'  = exp(m - m') l + rowsum(P)  the running sum
+//     O'  = exp(m - m') O + P V
+//
+// Exponentials are powers of two: exp(scale s - scale m) = 2^(s c - m c) with c = scale log2(e), one
+// multiply-add and one ex2. The maximum is that of the raw scores, which is right because scale > 0.
+#pragma once
+
+#include "isa.cuh"
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// A lane's two rows, g and g + 8. The maximum is the same in the four lanes of a row; the sum is each lane's
+// own part, added up once at the end.
+struct RowState {
+  float row_max[2];
+  float row_sum[2];
+
+  static __device__ __forceinline__ RowState start() {
+    const float minus_infinity = isa::bits_float(kNegativeInfinityBits);
+    return {{minus_infinity, minus_infinity}, {0.0f, 0.0f}};
+  }
+};
+
+// Turns the scores S into P in place, updates m and l, and rescales O for the new maximum.
+template <int kScoreTiles, int kOutTiles>
+__device__ __forceinline__ void online_softmax(float (&s_frag)[kScoreTiles][4], float (&o_frag)[kOutTiles][4],
+                                               RowState& state, float scale_log2) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float row_max = state.row_max[half];
+#pragma unroll
+    for (int n = 0; n < kScoreTiles; ++n) {
+      row_max = fmaxf(row_max, fmaxf(s_frag[n][2 * half], s_frag[n][2 * half + 1]));
+    }
+    row_max = fmaxf(row_max, isa::shuffle_xor(row_max, 1));
+    row_max = fmaxf(row_max, isa::shuffle_xor(row_max, 2));
+
+    // No key has taken part yet: every exponent is -inf whatever is subtracted, but -inf - -inf is not.
+    const bool is_empty = row_max == isa::bits_float(kNegativeInfinityBits);
+    const float offset = is_empty ? 0.0f : row_max * scale_log2;
+    const float correction = isa::ex2(state.row_max[half] * scale_log2 - offset);
+    state.row_max[half] = row_max;
+
+    float row_sum = state.row_sum[half] * correction;
+#pragma unroll
+    for (int n = 0; n < kScoreTiles; ++n) {
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        s_frag[n][i] = isa::ex2(s_frag[n][i] * scale_log2 - offset);
+        row_sum += s_frag[n][i];
+      }
+    }
+    state.row_sum[half] = row_sum;
+#pragma unroll
+    for (int n = 0; n < kOutTiles; ++n) {
+      o_frag[n][2 * half] *= correction;
+      o_frag[n][2 * half + 1] *= correction;
+    }
+  }
+}

@@ -1,0 +1,351 @@
+"""The forward kernel for sm_80, under the emulator: right, race-free, without bank conflicts or spills."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from cupyflash.backends.emulator import EmulatorError, Module, Options, guarded_array
+from cupyflash.build.cache import Cache
+from cupyflash.build.nvrtc import compile_cubin
+from cupyflash.build.params import FWD_PARAMS, layout_checks
+from cupyflash.build.source import KernelSource, read_kernel
+from cupyflash.errors import KernelCompileError
+from cupyflash.testing import assert_attention_close
+from tests.kernels.forward import Spec, forward, launch_arguments, module, source
+from tests.kernels.harness import ALL_OPTIONS, compiled
+
+DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def operands(spec, seqlen_q, seqlen_k, heads=(2, 2), batch_size=1, seed=0, magnitude=1.0):
+    rng = np.random.default_rng(seed)
+    shapes = [
+        (batch_size, h, n, spec.head_dim) for h, n in ((heads[0], seqlen_q), *[(heads[1], seqlen_k)] * 2)
+    ]
+    return [(magnitude * rng.standard_normal(shape)).astype(DTYPES[spec.dtype]) for shape in shapes]
+
+
+def check(spec, q, k, v, *, window=None, align="top_left", options=None):
+    """Runs the kernel and holds out and lse to the one rule of cupyflash.testing."""
+    shift = 0 if align == "top_left" else k.shape[2] - q.shape[2]
+    left, right = window if window is not None else (None, None)
+    spec = replace(spec, has_lower=left is not None, has_upper=right is not None)
+    bounds = {"lower": shift - (left or 0), "upper": shift + (right or 0)}
+    out, lse, counters = forward(spec, q, k, v, options=options, **bounds)
+    case = {
+        "query": q,
+        "key": k,
+        "value": v,
+        "enable_gqa": True,
+        "window": window,
+        "align": align,
+        "return_lse": True,
+    }
+    assert_attention_close((out, lse), case, backend=f"emulator, {spec}")
+    return out, lse, counters
+
+
+LENGTHS = [(64, 64), (1, 1), (65, 127), (77, 130), (130, 77), (1, 200), (129, 64)]
+
+
+@pytest.mark.usefixtures("cxx")
+@pytest.mark.parametrize("window", [None, (None, 0), (20, 70)], ids=["full", "causal", "window"])
+@pytest.mark.parametrize("align", ["top_left", "bottom_right"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_against_the_definition(dtype, head_dim, align, window):
+    if window is None and align == "bottom_right":
+        return  # without a band there is nothing to align
+    spec = Spec(dtype=dtype, head_dim=head_dim)
+    for number, (seqlen_q, seqlen_k) in enumerate(LENGTHS):
+        check(spec, *operands(spec, seqlen_q, seqlen_k, seed=number), window=window, align=align)
+
+
+@pytest.mark.usefixtures("cxx")
+@pytest.mark.parametrize(
+    "spec", [Spec(block_n=32), Spec(num_warps=8), Spec(head_dim=128, block_n=32)], ids=str
+)
+def test_other_tiles(spec):
+    for seqlen_q, seqlen_k in ((150, 150), (10, 70)):
+        check(spec, *operands(spec, seqlen_q, seqlen_k), window=(None, 0))
+
+
+@pytest.mark.usefixtures("cxx")
+def test_grouped_heads_and_batches():
+    spec = Spec()
+    for heads in ((4, 1), (6, 2), (3, 3)):
+        check(spec, *operands(spec, 70, 70, heads=heads, batch_size=2), window=(None, 0))
+
+
+@pytest.mark.usefixtures("cxx")
+def test_rows_without_keys():
+    spec = Spec()
+    q, k, v = operands(spec, 200, 80)
+    out, lse, _ = check(spec, q, k, v, window=(None, 0), align="bottom_right")
+    assert not out[:, :, :120].any()
+    assert (lse[:, :, :120] == -np.inf).all()
+    # No key for any query: not one tile is visited.
+    out, lse, counters = check(spec, q[:, :, :50], k[:, :, :0], v[:, :, :0])
+    assert not out.any()
+    assert (lse == -np.inf).all()
+    assert counters.mma == 0
+
+
+@pytest.mark.usefixtures("cxx")
+def test_only_the_tiles_that_are_needed():
+    spec = Spec()
+    q, k, v = operands(spec, 256, 256, heads=(1, 1))
+    per_tile = 4 * 64  # warps, mma of Q K^T and of P V
+    assert check(spec, q, k, v)[2].mma == 16 * per_tile
+    assert check(spec, q, k, v, window=(None, 0))[2].mma == (1 + 2 + 3 + 4) * per_tile
+    assert check(spec, q, k, v, window=(0, 0))[2].mma == 4 * per_tile
+    assert check(spec, q, k, v, window=(64, 0))[2].mma == (1 + 2 + 2 + 2) * per_tile
+
+
+@pytest.mark.usefixtures("cxx")
+def test_scores_that_grow_and_shrink():
+    """The running maximum moves in every tile, or in none."""
+    spec = Spec()
+    for slope in (0.5, -0.5):
+        q, k, v = operands(spec, 64, 300, heads=(1, 1))
+        q[..., 0] = 8
+        k[..., 0] = (slope * np.arange(300)).astype(k.dtype)
+        check(spec, q, k, v)
+    check(spec, *operands(spec, 64, 130, magnitude=20.0))
+
+
+@pytest.mark.usefixtures("cxx")
+def test_nan_where_no_key_takes_part():
+    spec = Spec()
+    q, k, v = operands(spec, 130, 130)
+    expected, expected_lse, _ = check(spec, q, k, v, window=(None, 0))
+    spec = replace(spec, has_upper=True)
+    k[:, :, 100:] = np.nan
+    out, lse, _ = forward(spec, q, k, v, upper=0)
+    np.testing.assert_array_equal(out[:, :, :100], expected[:, :, :100])
+    np.testing.assert_array_equal(lse[:, :, :100], expected_lse[:, :, :100])
+    assert np.isnan(out[:, :, 100:]).all()
+
+
+@pytest.mark.usefixtures("cxx")
+def test_strides():
+    """(batch, row, head, element) storage, rows of a wider array, and one head for all."""
+    spec = Spec()
+    q, k, v = operands(spec, 70, 90)
+    expected, expected_lse, _ = forward(spec, q, k, v)
+    wide = guarded_array((1, 70, 2, 72), np.float16, "q")
+    wide[..., :64] = q.transpose(0, 2, 1, 3)
+    keys = guarded_array((1, 90, 2, 64), np.float16, "k")
+    keys[...] = k.transpose(0, 2, 1, 3)
+    for values in (v, np.broadcast_to(v[:, :1], v.shape)):
+        stored = guarded_array(values.shape, np.float16, "v")
+        stored[...] = values
+        if values is not v:
+            stored = np.broadcast_to(stored[:, :1], v.shape)
+            expected, expected_lse, _ = forward(spec, q, k, values)
+        out, lse = (
+            guarded_array((1, 70, 2, 64), np.float16, "out"),
+            guarded_array((1, 2, 70), np.float32, "lse"),
+        )
+        views = (
+            wide[..., :64].transpose(0, 2, 1, 3),
+            keys.transpose(0, 2, 1, 3),
+            stored,
+            out.transpose(0, 2, 1, 3),
+        )
+        params, grid = launch_arguments(spec, *views, lse)
+        kernel = module(spec).get_function("flash_fwd_sm80")
+        kernel(grid, (128,), (params,), shared_mem=spec.shared_bytes)
+        np.testing.assert_array_equal(views[3], expected)
+        np.testing.assert_array_equal(lse, expected_lse)
+
+
+@pytest.mark.usefixtures("cxx")
+@pytest.mark.parametrize("spec", [Spec(has_upper=True), Spec(head_dim=128, dtype="bfloat16")], ids=str)
+def test_schedules_give_the_same_bits(spec):
+    q, k, v = operands(spec, 100, 150)
+    results = [forward(spec, q, k, v, options=options, upper=50)[:2] for options in ALL_OPTIONS]
+    for out, lse in results[1:]:
+        np.testing.assert_array_equal(out.view(np.uint16), results[0][0].view(np.uint16))
+        np.testing.assert_array_equal(lse, results[0][1])
+
+
+@pytest.mark.usefixtures("cxx")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_no_bank_conflicts(head_dim):
+    spec = Spec(head_dim=head_dim)
+    counters = forward(spec, *operands(spec, 128, 128), options=Options(counters=True))[2]
+    for kind in ("ldmatrix", "cp_async_shared", "st_shared", "ld_shared", "cp_async_global"):
+        traffic = getattr(counters, kind)
+        assert traffic.cost == traffic.ideal > 0, kind
+    unswizzled = Module(edited(source(spec), "chunk ^ (row % 8)", "chunk"))
+    kernel = unswizzled.get_function("flash_fwd_sm80")
+    counters = forward(spec, *operands(spec, 128, 128), kernel=kernel, options=Options(counters=True))[2]
+    assert counters.ldmatrix.cost == 8 * counters.ldmatrix.ideal
+
+
+def edited(kernel, old, new):
+    assert old in kernel.text
+    return KernelSource(kernel.name, kernel.text.replace(old, new), kernel.entries)
+
+
+SYNC = re.compile(r"isa::(?:sync_threads|sync_warp|cp_async_wait<\d>|cp_async_commit)\(\);")
+
+
+def sync_statements():
+    """(file, line, statement) of everything in the kernel that orders something."""
+    return [
+        (file, number, match[0])
+        for file in ("fwd_sm80.cu", "epilogue.cuh")
+        for number, line in enumerate(read_kernel(file).splitlines(), 1)
+        if (match := SYNC.search(line))
+    ]
+
+
+@pytest.mark.usefixtures("cxx")
+@pytest.mark.parametrize("statement", sync_statements(), ids=lambda s: f"{s[0]}:{s[1]}:{s[2]}")
+def test_every_synchronisation_is_needed(statement):
+    """Without any one of them, the emulator objects: none is for show, and none of its checks sleeps."""
+    file, number, text = statement
+    spec = Spec()
+    lines = source(spec).text.splitlines()
+    start = lines.index(f'#line 1 "kernels_cu/{file}"')
+    place = next(
+        i
+        for i in range(start + 1, len(lines))
+        if text in lines[i] and origin(lines, i) == (f"kernels_cu/{file}", number)
+    )
+    lines[place] = lines[place].replace(text, ";")
+    kernel = Module(KernelSource(f"without-{number}", "\n".join(lines), ("flash_fwd_sm80",)))
+    q, k, v = operands(spec, 64, 200, heads=(1, 1))
+    with pytest.raises(EmulatorError, match=r"race|has not waited for"):
+        forward(spec, q, k, v, kernel=kernel.get_function("flash_fwd_sm80"))
+
+
+def origin(lines, index):
+    """Where a line of the flattened text comes from."""
+    for i in range(index - 1, -1, -1):
+        if match := re.fullmatch(r'#line (\d+) "([^"]+)"', lines[i]):
+            return match[2], int(match[1]) + index - i - 1
+    raise AssertionError("no #line before it")
+
+
+@pytest.mark.usefixtures("cxx")
+def test_out_of_bounds_is_named():
+    spec = Spec()
+    q, k, v = operands(spec, 64, 64, heads=(1, 1))
+    kernel = Module(edited(source(spec), "exists ? 16 : 0", "16")).get_function("flash_fwd_sm80")
+    forward(spec, q, k, v, kernel=kernel)  # whole tiles need no tail
+    pattern = r"^copy\.cuh:\d+: .*cp\.async: illegal access .* near array '[kv]': \d+ bytes past its end"
+    with pytest.raises(EmulatorError, match=pattern):
+        forward(spec, q, k[:, :, :40], v[:, :, :40], kernel=kernel)
+
+
+@pytest.mark.usefixtures("cxx")
+def test_accumulator_layout():
+    """acc_row and acc_column against the PTX ISA's formulas for the C fragment of mma.m16n8k16."""
+    text = r"""
+#include "tile.cuh"
+extern "C" __global__ void layout(u32* out) {
+  for (int i = 0; i < 4; ++i) {
+    isa::stg_4(out + 8 * isa::lane_index() + i, acc_row(isa::lane_index(), i));
+    isa::stg_4(out + 8 * isa::lane_index() + 4 + i, acc_column(isa::lane_index(), i));
+  }
+}
+"""
+    out = guarded_array((32, 2, 4), np.uint32, "out")
+    compiled(text).get_function("layout")((1,), (32,), (out,))
+    lane, i = np.arange(32)[:, None], np.arange(4)
+    np.testing.assert_array_equal(out[:, 0], np.where(i < 2, lane >> 2, (lane >> 2) + 8))
+    np.testing.assert_array_equal(out[:, 1], (lane % 4) * 2 + (i & 1))
+
+
+@pytest.mark.usefixtures("cxx")
+@pytest.mark.parametrize(
+    ("has_lower", "has_upper"), [(False, False), (True, False), (False, True), (True, True)]
+)
+def test_key_tiles(has_lower, has_upper):
+    """The ranges of tiles against the mask itself, element by element."""
+    block_m, block_n = 48, 32
+    text = f"""
+#include "types.cuh"
+struct Config {{
+  static constexpr int kBlockM = {block_m}, kBlockN = {block_n};
+  static constexpr bool kHasLower = {str(has_lower).lower()}, kHasUpper = {str(has_upper).lower()};
+}};
+#include "mask.cuh"
+extern "C" __global__ void ranges(FwdParams params, u32* out) {{
+  const KeyTiles tiles = key_tiles<Config>(params, Config::kBlockM * isa::block_index_x());
+  u32* mine = out + 4 * isa::block_index_x();
+  isa::stg_4(mine, tiles.begin);
+  isa::stg_4(mine + 1, tiles.end);
+  isa::stg_4(mine + 2, tiles.full_begin);
+  isa::stg_4(mine + 3, tiles.full_end);
+}}
+"""
+    ranges = compiled(text).get_function("ranges")
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        seqlen_q, seqlen_k = (int(n) for n in rng.integers(1, 200, 2))
+        lower, upper = sorted(int(n) for n in rng.integers(-250, 250, 2))
+        params = np.zeros((), FWD_PARAMS)
+        for name, value in (
+            ("seqlen_q", seqlen_q),
+            ("seqlen_k", seqlen_k),
+            ("lower", lower),
+            ("upper", upper),
+        ):
+            params[name] = value
+        num_tiles = -(-seqlen_q // block_m)
+        out = guarded_array((num_tiles, 4), np.int32, "out")
+        ranges((num_tiles,), (32,), (params[()], out))
+        difference = np.arange(seqlen_k)[None] - np.arange(seqlen_q)[:, None]
+        mask = np.ones(difference.shape, bool)
+        if has_lower:
+            mask &= difference >= lower
+        if has_upper:
+            mask &= difference <= upper
+        for tile, (begin, end, full_begin, full_end) in enumerate(out.tolist()):
+            rows = mask[block_m * tile : block_m * (tile + 1)]
+            for n in range(-(-seqlen_k // block_n)):
+                part = rows[:, block_n * n : block_n * (n + 1)]
+                assert (begin <= n < end) or not part.any()
+                is_full = full_begin <= n < full_end
+                assert is_full == (part.all() and part.shape[1] == block_n and begin <= n < end)
+            keys = np.flatnonzero(rows.any(axis=0))
+            assert (
+                begin >= end
+                if keys.size == 0
+                else (begin, end) == (keys[0] // block_n, keys[-1] // block_n + 1)
+            )
+
+
+@pytest.mark.usefixtures("cxx")
+def test_parameter_drift_does_not_compile():
+    exchange = {"lower": "upper", "upper": "lower"}
+    names = [exchange.get(name, name) for name in FWD_PARAMS.names]
+    swapped = np.dtype([(name, FWD_PARAMS[name]) for name in names], align=True)
+    kernel = source(Spec())
+    with pytest.raises(KernelCompileError, match=r"FwdParams\.upper lies elsewhere in Python"):
+        Module(KernelSource("drift", kernel.text + layout_checks("FwdParams", swapped), kernel.entries))
+
+
+@pytest.mark.usefixtures("nvrtc")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_120"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("has_upper", [False, True])
+def test_resources_on_a_gpu(arch, head_dim, has_upper, tmp_path):
+    spec = Spec(dtype="bfloat16", head_dim=head_dim, has_upper=has_upper)
+    binary = compile_cubin(source(spec), arch, Cache(tmp_path))
+    resources = binary.resources["flash_fwd_sm80"]
+    assert binary.notices == ()
+    assert resources.stack_bytes == resources.spill_stores == resources.spill_loads == 0
+    assert resources.registers <= 255
+    # The step is there twice, masked and not: two products each, of head_dim / 16 by 64 / 8 instructions.
+    assert resources.opcodes["HMMA"] == 2 * 2 * (head_dim // 16) * 8
+    assert resources.opcodes["LDSM"] == 2 * 2 * (head_dim // 16) * 4 + head_dim // 16
