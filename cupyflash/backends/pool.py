@@ -1,7 +1,7 @@
 """Threads that share out the tiles of a call.
 
-The caller works too, and waits only for helpers that have started: calls may nest (a score_mod that calls attention) and
-many threads may call at once, and none can wait for a helper that never comes.
+The caller works too, and waits only for helpers that have started: calls may nest (a score_mod that calls attention)
+and many threads may call at once, and none can wait for a helper that never comes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The `numpy` backend: tiled attention on BLAS, in O(L) extra memory, never an L×S array.
 
-This file cuts a call into jobs and shares them out to threads; `block.py` does one job.  A *unit* is one key head with the
-query heads that share it, a *job* is a block of rows of a few units::
+This file cuts a call into jobs and shares them out to threads; `block.py` does one job.  A *unit* is one key head with
+the query heads that share it, a *job* is a block of rows of a few units::
 
     call  →  slices (views in which every unit has one key head and one value head)  →  jobs (slice, units, rows)
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -18,13 +19,15 @@ import numpy as np
 
 from ..problem.normalize import Buffers, Problem
 from .blas import control, one_blas_thread
-from .block import Block, Slice, Tiling
+from .block import FEW_ROWS, Block, Slice, Tiling
 from .pool import num_threads, run_jobs
 
 __all__ = ["NumpyBackend"]
 
 # Below this many floating-point operations (about 0.5 ms) a second thread costs more than it brings.
 _FLOPS_WORTH_A_THREAD = 5e7
+# Up to this m·n·k OpenBLAS runs a product on the calling thread, whatever its thread count.
+_PRODUCT_WORTH_A_THREAD = 2**18
 
 
 class NumpyBackend:
@@ -47,13 +50,14 @@ class NumpyBackend:
         if 0 in buffers.out.shape[:-1]:
             return
         slices = _slices(problem, buffers)
-        tiling = _tiling(problem, slices[0].lead_shape[-1], available)
+        packs = slices[0].packs_key or slices[0].packs_value
+        tiling = _tiling(problem, slices[0].lead_shape[-1], packs, available)
 
         def attend(job: tuple[Slice, tuple[int, ...], int, int]) -> None:
             with np.errstate(all="ignore"):
                 Block(problem, buffers, tiling, *job).run()
 
-        with one_blas_thread:
+        with one_blas_thread if tiling.guards_blas else nullcontext():
             run_jobs(attend, _jobs(slices, tiling), tiling.threads if control() else 1)
 
 
@@ -73,48 +77,48 @@ def _slices(problem: Problem, buffers: Buffers) -> list[Slice]:
         buffers.weights,
     )
     layout = tuple(None if array is None else (array.shape, array.strides) for array in arrays)
-    slices = []
-    for lead_shape, period, place, steps in _slicing(
-        problem.num_heads_q, problem.num_heads_k, problem.num_heads_v, problem.batch_shape, layout
-    ):
-        views = []
-        for array, (split_shape, index, joined_shape) in zip(arrays, steps, strict=True):
-            if array is not None:
-                if split_shape is not None:
-                    array = array.reshape(split_shape)
-                if index is not None:
-                    array = array[index]
-                array = array.reshape(joined_shape)
-            views.append(array)
-        slices.append(Slice(lead_shape, period, place, *views))
-    return slices
+    return [Slice(*facts, *map(_view, arrays, steps)) for facts, steps in _slicing(problem, layout)]
 
 
-# (split_shape or None, index or None, joined_shape): a.reshape(split_shape)[index].reshape(joined_shape), always a view.
+# (split_shape or None, index or None, joined_shape): a.reshape(split_shape)[index].reshape(joined_shape), always a
+# view.
 _Step = tuple[Any, Any, tuple[int, ...]]
+
+
+def _view(array: Any, step: _Step | None) -> Any:
+    if step is None:
+        return None
+    split_shape, index, joined_shape = step
+    if split_shape is not None:
+        array = array.reshape(split_shape)
+    if index is not None:
+        array = array[index]
+    return array.reshape(joined_shape)
 
 
 @lru_cache(maxsize=512)
 def _slicing(
-    num_heads_q: int, num_heads_k: int, num_heads_v: int, batch_shape: tuple[int, ...], layout: tuple[Any, ...]
-) -> list[tuple[tuple[int, ...], int, int, list[_Step]]]:
-    """How to take the slices of a call from its arrays' shapes and strides: (lead_shape, period, place, steps) of each.
+    problem: Problem, layout: tuple[Any, ...]
+) -> list[tuple[tuple[tuple[int, ...], bool, bool, int, int], list[_Step | None]]]:
+    """How to take a call's slices, from its arrays' shapes and strides: the first fields of `Slice`, a step per array.
 
     Units are the runs of gcd(Hq/Hk, Hq/Hv) query heads, which share their key head and their value head.  After
-    lcm(Hq/Hk, Hq/Hv) query heads, the period, the pattern repeats; there is one slice for each place of a unit within it,
-    so one in all where Hk = Hv.
+    lcm(Hq/Hk, Hq/Hv) query heads, the period, the pattern repeats; there is one slice for each place of a unit within
+    it, so one in all where Hk = Hv.
     """
-    per_key, per_value = num_heads_q // num_heads_k, num_heads_q // num_heads_v
+    num_heads_q, batch_shape = problem.num_heads_q, problem.batch_shape
+    per_key, per_value = num_heads_q // problem.num_heads_k, num_heads_q // problem.num_heads_v
     group, period = math.gcd(per_key, per_value), math.lcm(per_key, per_value)
     rank, units = len(batch_shape), num_heads_q // period
+    packs = [_needs_packing(problem, *entry) for entry in layout[1:3]]
 
     slicing = []
     for place in range(0, period, group):
         steps: list[Any] = []
         lead_strides = []
-        for name, entry in zip(Slice._fields[3:], layout, strict=True):
+        for name, entry in zip(Slice._fields[5:], layout, strict=True):
             if entry is None:
-                steps.append((None, None, ((), ())))
+                steps.append(None)
                 continue
             shape, strides = entry
             if name in ("key", "value"):
@@ -135,20 +139,21 @@ def _slicing(
                 split = index = None
                 lead, rest = (*shape[:rank], 1), (1, *shape[rank + 1 :])
                 unit_stride = 0
-            steps.append((split, index, (lead, rest)))
+            steps.append((split, index, lead, rest))
             lead_strides.append(
                 tuple(0 if n == 1 else stride for n, stride in zip(lead, (*strides[:rank], unit_stride), strict=True))
             )
         axes = _joined_axes((*batch_shape, units), lead_strides)
-        slicing.append(
-            (
-                _join((*batch_shape, units), axes),
-                period,
-                place,
-                [(split, index, (*_join(lead, axes), *rest)) for split, index, (lead, rest) in steps],
-            )
-        )
+        joined = [step and (*step[:2], (*_join(step[2], axes), *step[3])) for step in steps]
+        slicing.append(((_join((*batch_shape, units), axes), *packs, period, place), joined))
     return slicing
+
+
+def _needs_packing(problem: Problem, shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """True if BLAS can't take the last two axes as they are: another dtype, or rows that are not contiguous."""
+    itemsize, (row, element) = problem.element.storage.itemsize, strides[-2:]
+    is_matrix = element == itemsize and row % itemsize == 0 and row >= itemsize * shape[-1]
+    return problem.element.is_half or not is_matrix
 
 
 def _join(shape: tuple[int, ...], axes: list[tuple[int, int]]) -> tuple[int, ...]:
@@ -171,49 +176,58 @@ def _joined_axes(shape: tuple[int, ...], strides: list[tuple[int, ...]]) -> list
 
 
 @lru_cache(maxsize=512)
-def _tiling(problem: Problem, units: int, available_threads: int) -> Tiling:
+def _tiling(problem: Problem, units: int, packs: bool, available_threads: int) -> Tiling:
     """Tile sizes, from measurements on a two-core AVX-512 machine with 1 MiB of L2 cache per core.
 
-    Few rows (decoding) are bound by reading K and V: tiles that OpenBLAS still takes for small matrices
-    (rows · keys · E < 2^18), multiplied in one batch, read at 10 GB/s instead of 3.  Many rows are bound by arithmetic: tiles
-    of 512×512 scores, 256×512 under a causal mask, whose tiles on the diagonal waste half of their work.
+    Few rows (decoding) are bound by reading K and V: tiles that OpenBLAS still takes for small matrices (rows · keys ·
+    E < 2^18), multiplied in one batch, read at 10 GB/s instead of 3.  Where K and V are `packed` first, the batch is
+    what fits the cache.  Many rows are bound by arithmetic: the more rows share a tile of keys the better, but under a
+    band tall tiles waste work on its edges.  Blocks of few scores take several units at once.
     """
     seqlen_q, seqlen_k = problem.seqlen_q, max(1, problem.seqlen_k)
     group = math.gcd(problem.num_heads_q // problem.num_heads_k, problem.num_heads_q // problem.num_heads_v)
     total_units = problem.batch_size * problem.num_heads_q // group
     width = max(1, problem.head_dim, problem.head_dim_v)
-    banded = not problem.band.is_full
     unit_rows = group * seqlen_q
-
-    visited_keys = seqlen_k
-    if problem.band.lower is not None and problem.band.upper is not None:
-        visited_keys = min(seqlen_k, problem.band.upper - problem.band.lower + 1)
-    flops = 2.0 * total_units * unit_rows * visited_keys * (problem.head_dim + problem.head_dim_v)
+    lower, upper = problem.band.lower, problem.band.upper
+    visible_keys = seqlen_k if lower is None or upper is None else min(seqlen_k, max(1, upper - lower + 1))
+    flops = 2.0 * total_units * unit_rows * visible_keys * (problem.head_dim + problem.head_dim_v)
     threads = available_threads if flops > _FLOPS_WORTH_A_THREAD else 1
 
-    if unit_rows <= 32:
+    if unit_rows <= FEW_ROWS:
         rows = seqlen_q
-        keys = seqlen_k if unit_rows == 1 else 2 ** int(math.log2(2**17 / (unit_rows * width)))
-        keys = min(seqlen_k, max(16, min(256, keys)) if unit_rows > 1 else keys)
-        batch_keys = max(keys, min(seqlen_k, 2**18 // unit_rows // keys * keys))
-        scores = unit_rows * seqlen_k
-        job_units = max(1, 2**18 // scores)
+        keys = _clamp(2**17 // (unit_rows * width), 16, 256)
+        keys = min(seqlen_k, 2 ** int(math.log2(keys)) if unit_rows > 1 else 2**14)
+        batch_keys = (2**17 // width if packs else 2**18 // unit_rows) // keys * keys
+        batch_keys = _clamp(batch_keys, keys, seqlen_k)
+        job_units = 2**18 // (unit_rows * batch_keys)
+        if packs:
+            job_units = min(job_units, 2**17 // (width * batch_keys))
     else:
-        most_rows = 256 if banded or total_units * unit_rows <= 4096 else 512
-        most_rows = max(16, min(most_rows, 2**17 // width))
-        rows = max(1, min(seqlen_q, most_rows // group))
-        keys = batch_keys = max(1, min(seqlen_k, 512, max(16, 2**18 // width)))
-        job_units = max(1, 2**17 // (unit_rows * keys)) if rows == seqlen_q else 1
+        rows, keys = 256, 512
+        if problem.band.is_full:
+            enough_jobs = 4 * threads if threads > 1 else 1
+            rows = next((rows for rows in (1024, 512) if total_units * unit_rows >= enough_jobs * rows), rows)
+            keys = 2**18 // rows
+        rows = _clamp(min(rows, 2**17 // width) // group, 1, seqlen_q)
+        keys = batch_keys = _clamp(2**18 // width, 16, min(seqlen_k, keys))
+        job_units = 2**17 // (unit_rows * keys) if rows == seqlen_q else 1
     if threads > 1:
         job_units = min(job_units, -(-total_units // threads))
     return Tiling(
-        units=min(units, job_units),
+        units=_clamp(job_units, 1, units),
         rows=rows,
         keys=keys,
         batch_keys=batch_keys,
         threads=threads,
-        longest_first=problem.band.upper is not None,
+        guards_blas=group * rows * keys * width > _PRODUCT_WORTH_A_THREAD,
+        longest_first=upper is not None,
     )
+
+
+def _clamp(number: int, least: int, most: int) -> int:
+    """`number` within [least, most]; `most` wins."""
+    return min(max(number, least), most)
 
 
 def _jobs(slices: list[Slice], tiling: Tiling) -> Iterator[tuple[Slice, tuple[int, ...], int, int]]:
@@ -226,5 +240,3 @@ def _jobs(slices: list[Slice], tiling: Tiling) -> Iterator[tuple[Slice, tuple[in
             for first_unit in range(0, units, tiling.units):
                 for row in first_rows if first_row is None else (first_row,):
                     yield part, outer, first_unit, row
-
-

@@ -14,7 +14,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -24,8 +24,9 @@ from .dtypes import DTYPES, DType, dtype_named
 from .masks import Band, band, check_align, check_window
 from .mods import MaskMod, ScoreMod
 from .philox import check_dropout_p, check_seed
+from .shapes import lead_axes, mask_shape
 
-__all__ = ["STAGES", "Buffers", "Problem", "check_stage", "library_of", "normalize", "restore"]
+__all__ = ["STAGES", "Buffers", "Problem", "check_flag", "check_stage", "library_of", "normalize", "restore"]
 
 #: What can be asked of `attention_weights`, in the order in which it is computed.
 STAGES = ("raw", "modded", "capped", "biased", "softmax")
@@ -63,7 +64,7 @@ class Problem:
     return_lse: bool
     weights_stage: str | None  # one of STAGES, "dropout" for return_weights, None for no L×S array
 
-    @property
+    @cached_property
     def element(self) -> DType:
         """The table's row for the inputs' dtype."""
         return dtype_named(self.dtype)
@@ -73,7 +74,7 @@ class Problem:
         """The module whose functions take the problem's arrays: numpy, or cupy where it is already imported."""
         return np if self.library == "numpy" else sys.modules[self.library]
 
-    @property
+    @cached_property
     def batch_size(self) -> int:
         """Number of entries of the flattened batch."""
         return math.prod(self.batch_shape)
@@ -189,7 +190,7 @@ def normalize(
 
     dropout_p = check_dropout_p(dropout_p)
     seed = None if seed is None else _check_seed(seed, library)
-    weights_stage = "dropout" if _check_flag("return_weights", return_weights) else stage
+    weights_stage = "dropout" if check_flag("return_weights", return_weights) else stage
     _check_choice("precision", precision, _PRECISIONS)
 
     problem, shapes = _describe(
@@ -204,22 +205,22 @@ def normalize(
         None if sinks is None else sinks.shape,
         score_mod is not None,
         mask_mod is not None,
-        _check_flag("is_causal", is_causal),
+        check_flag("is_causal", is_causal),
         _check_scale(scale),
-        _check_flag("enable_gqa", enable_gqa),
+        check_flag("enable_gqa", enable_gqa),
         None if window is None else check_window(window),
         check_align(align),
         _check_softcap(softcap),
         dropout_p,
         precision,
-        _check_flag("return_lse", return_lse),
+        check_flag("return_lse", return_lse),
         weights_stage,
     )
     xp = problem.namespace
     if library != "numpy":
         _check_devices(query, key, value, float_mask, bool_mask, alibi_slopes, sinks, out)
     if dropout_p and seed is None:
-        seed = int(np.random.randint(0, 2**64, dtype=np.uint64))
+        seed = int(np.random.randint(0, 2**64, dtype=np.uint64))  # noqa: NPY002, so that np.random.seed decides
     if out is not None:
         inputs = {
             "query": query,
@@ -305,17 +306,9 @@ def _describe(
     return_lse: bool,
     weights_stage: str | None,
 ) -> tuple[Problem, _Shapes]:
-    for name, shape in (("query", query), ("key", key), ("value", value)):
-        if len(shape) < 2:
-            raise ValueError(f"{name} must have at least 2 dimensions (length, head dim), but had shape {shape}")
-    (seqlen_q, head_dim), (seqlen_k, head_dim_v) = query[-2:], (key[-2], value[-1])
-    if key[-1] != head_dim:
-        raise ValueError(f"key must have query's head dim {head_dim} as its last axis, but had shape {key}")
-    if value[-2] != seqlen_k:
-        raise ValueError(f"value must have key's length {seqlen_k} as its axis -2, but had shape {value}")
-
-    lead, score_lead, heads = _gqa_lead(query, key, value) if enable_gqa else _broadcast_lead(query, key, value)
+    lead, score_lead, heads = lead_axes(query, key, value, enable_gqa)
     num_heads_q, num_heads_k, num_heads_v = heads
+    (seqlen_q, head_dim), (seqlen_k, head_dim_v) = query[-2:], value[-2:]
     batch = lead[:-1]
     scores = (*score_lead, seqlen_q, seqlen_k)
     rank = len(batch) + 3
@@ -363,69 +356,10 @@ def _describe(
         out=(*batch, num_heads_q, seqlen_q, head_dim_v),
         weights=(*batch, num_heads_q, seqlen_q, seqlen_k),
         returned=(*lead, seqlen_q, head_dim_v),
-        float_mask=_mask_shape(float_mask[0], scores, rank) if float_mask else (),
-        bool_mask=_mask_shape(bool_mask, scores, rank) if bool_mask is not None else (),
+        float_mask=mask_shape(float_mask[0], scores, rank) if float_mask else (),
+        bool_mask=mask_shape(bool_mask, scores, rank) if bool_mask is not None else (),
     )
     return problem, shapes
-
-
-def _broadcast_lead(
-    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, int, int]]:
-    """Without GQA all leading axes broadcast; a head axis of length 1 is shared by index."""
-    try:
-        score_lead = np.broadcast_shapes(query[:-2], key[:-2])
-        lead = np.broadcast_shapes(score_lead, value[:-2])
-    except ValueError:
-        raise ValueError(
-            f"the leading axes of query {query}, key {key} and value {value} must broadcast"
-            + (
-                "; for key and value with fewer heads pass enable_gqa=True"
-                if min(map(len, (query, key, value))) > 2
-                else ""
-            )
-        ) from None
-    num_heads = lead[-1] if lead else 1
-    num_heads_k, num_heads_v = (
-        num_heads if len(shape) > 2 and shape[-3] == num_heads else 1 for shape in (key, value)
-    )
-    return lead, score_lead, (num_heads, num_heads_k, num_heads_v)
-
-
-def _gqa_lead(
-    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, int, int]]:
-    """With GQA axis -3 is the head axis of each operand, and the axes before it broadcast."""
-    for name, shape in (("query", query), ("key", key), ("value", value)):
-        if len(shape) < 3:
-            raise ValueError(
-                f"{name} must have a head axis (at least 3 dimensions) with enable_gqa, but had shape {shape}"
-            )
-    num_heads_q = query[-3]
-    for name, shape in (("key", key), ("value", value)):
-        if shape[-3] != num_heads_q and (shape[-3] == 0 or num_heads_q % shape[-3]):
-            raise ValueError(
-                f"{name} must have a number of heads that divides query's {num_heads_q}, but had {shape[-3]} "
-                f"(shape {shape})"
-            )
-    try:
-        score_batch = np.broadcast_shapes(query[:-3], key[:-3])
-        batch = np.broadcast_shapes(score_batch, value[:-3])
-    except ValueError:
-        raise ValueError(
-            f"the batch axes of query {query}, key {key} and value {value} (before the head axis) must broadcast"
-        ) from None
-    return (*batch, num_heads_q), (*score_batch, num_heads_q), (num_heads_q, key[-3], value[-3])
-
-
-def _mask_shape(mask: tuple[int, ...], scores: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    """The mask's shape with leading ones up to `rank`, after checking that it broadcasts into the scores' shape."""
-    fits = len(mask) <= len(scores) and all(
-        m in (1, n) for m, n in zip(reversed(mask), reversed(scores), strict=False)
-    )
-    if not fits:
-        raise ValueError(f"attn_mask must broadcast into the scores' shape {scores}, but had shape {mask}")
-    return (1,) * (rank - len(mask)) + mask
 
 
 def _broadcast(array: Any, shape: tuple[int, ...], xp: Any) -> Any:
@@ -497,13 +431,10 @@ def _split_mask(attn_mask: Any, library: str, dtype: DType) -> tuple[Any, Any]:
     if isinstance(attn_mask, tuple):
         if len(attn_mask) != 2:
             raise ValueError(f"attn_mask as a tuple must be (float_mask, bool_mask), but had {len(attn_mask)} items")
-        float_mask, bool_mask = (
-            _like_query(f"attn_mask[{i}]", attn_mask[i], library) for i in range(2)
-        )
+        float_mask, bool_mask = (_like_query(f"attn_mask[{i}]", attn_mask[i], library) for i in range(2))
         if bool_mask.dtype != bool or float_mask.dtype == bool:
             raise TypeError(
-                "attn_mask as a tuple must be (float_mask, bool_mask), "
-                f"but was ({float_mask.dtype}, {bool_mask.dtype})"
+                f"attn_mask as a tuple must be (float_mask, bool_mask), but was ({float_mask.dtype}, {bool_mask.dtype})"
             )
         _check_float_mask("attn_mask[0]", float_mask, dtype)
         return float_mask, bool_mask
@@ -528,7 +459,7 @@ def _check_seed(seed: Any, library: str) -> Any:
     return check_seed(seed)
 
 
-def _check_flag(name: str, flag: Any) -> bool:
+def check_flag(name: str, flag: Any) -> bool:
     if flag is True or flag is False:
         return flag
     if isinstance(flag, np.bool_):
@@ -544,7 +475,7 @@ def _check_choice(name: str, choice: Any, choices: tuple[str, ...]) -> None:
 
 
 def _check_number(name: str, number: Any) -> float:
-    if isinstance(number, (bool, np.bool_)) or not isinstance(number, Real):
+    if type(number) is not float and (isinstance(number, (bool, np.bool_)) or not isinstance(number, Real)):
         raise TypeError(f"{name} must be a real number, but was {number!r}")
     try:
         number = float(number)

@@ -23,6 +23,7 @@ ORDER = [
     "problem.dtypes",
     "problem.masks",
     "problem.mods",
+    "problem.shapes",
     "problem.philox",
     "problem.normalize",
     "build",
@@ -30,6 +31,7 @@ ORDER = [
     "backends",
     "backends.pool",
     "backends.blas",
+    "backends.block",
     "backends.reference",
     "backends.tiled",
     "backends.registry",
@@ -43,7 +45,7 @@ ORDER = [
 
 # Who may import which neighbour in backends/: tiled shares helpers, and the registry names every backend.
 SHARED = {
-    "backends.tiled": {"backends.blas", "backends.pool"},
+    "backends.tiled": {"backends.blas", "backends.block", "backends.pool"},
     "backends.registry": {"backends.reference", "backends.tiled"},
 }
 
@@ -57,9 +59,7 @@ def module_name(path: Path, package: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported_modules(
-    tree: ast.Module, name: str, is_folder: bool, known: set[str]
-) -> Iterator[tuple[int, str]]:
+def imported_modules(tree: ast.Module, name: str, is_folder: bool, known: set[str]) -> Iterator[tuple[int, str]]:
     """(line, absolute name) of every import; `from package import module` counts as importing the module."""
     here = ["cupyflash", *name.split(".")] if name else ["cupyflash"]
     for node in ast.walk(tree):
@@ -90,9 +90,7 @@ def wrong_imports(package: Path) -> list[str]:
                     wrong.append(f"{where}, which cupyflash does not require")
             elif inner not in ORDER or ORDER.index(inner) >= ORDER.index(name):
                 wrong.append(f"{where}, which does not stand before it")
-            elif all(module.startswith("backends.") for module in (name, inner)) and inner not in SHARED.get(
-                name, ()
-            ):
+            elif all(module.startswith("backends.") for module in (name, inner)) and inner not in SHARED.get(name, ()):
                 wrong.append(f"{where}, a neighbour that it does not share")
     return wrong
 
