@@ -60,7 +60,7 @@ ROUNDS = 3
 TURN_SECONDS, QUICK_TURN_SECONDS = 0.5, 0.2
 SAMPLE_SECONDS = 1e-3  # calls shorter than this are timed several at a time
 PAUSE_SECONDS = 0.05  # until the threads of the one whose turn is over have stopped spinning
-BUSY_LOAD = 0.5  # threads that others keep running, on average of the last minute
+BUSY_LOAD = 0.5  # threads that ran on average of the minute before the run
 CHECKED_ROWS = 8  # the first of the first batch entry, and the last of the last
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from .backends.registry import select
+from .problem.checks import check_stage
 from .problem.mods import MaskMod, ScoreMod
-from .problem.normalize import check_stage, normalize, restore
+from .problem.normalize import normalize, restore
 
 __all__ = ["attention", "attention_weights"]
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from .problem.checks import check_flag
 from .problem.masks import band
-from .problem.normalize import check_flag
 from .problem.shapes import check_shape, lead_axes
 
 __all__ = ["flops", "pairs_in_band"]

@@ -10,11 +10,11 @@ keeps, per row, a shift m, the sum l and the output so far::
 
 Any shift gives the same quotient as long as no exponential leaves the range of the type, and the row maximum, which the
 textbook takes afresh on every tile, is only the safest choice.  So the *fast pass* is frugal: it starts without a shift
-where norms bound all scores, else with the maximum of the first tile, removed scores included, and takes a fresh
-maximum only where a tile's sums say that the old one was too small.  Removed scores are multiplied by zero afterwards.
-The result is its own certificate: 2^-64 <= l and O finite.  Where a row fails it (rows without keys, NaN or inf behind
-a mask, huge scores that were removed), the block runs again as the *exact pass*: removed scores are set to -inf, and
-every tile takes the true maximum.
+where norms bound all scores, else with the maximum of the first tile, and takes a fresh maximum only where a tile's
+sums say that the old one was too small.  Removed scores are multiplied by zero; where a maximum is taken the least
+finite number is added to them first.  The result is its own certificate: every row's sum is about 1 or more, or exactly
+0 if no key was seen, and nothing is inf or NaN.  A block that fails it (NaN or inf behind a mask, or anywhere else)
+runs again as the *exact pass*: removed scores are set to -inf whatever they were, and every tile takes its maximum.
 
 What a tile costs, in ns per score at E = Ev = 64 on one AVX-512 core: products 2.3, exp 0.46, maximum 0.19, subtract
 0.18, multiply by a mask 0.2, row sum as a product with ones 0.06 (by `sum` 0.20), `where=` writes 1-3 (exact pass
@@ -24,7 +24,6 @@ only).
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -33,47 +32,28 @@ import numpy as np
 
 from ..problem.masks import Band
 from ..problem.mods import Coordinates, add_alibi, apply_mask_mod, apply_score_mod, cap_scores
-from ..problem.normalize import Buffers, Problem
 from ..problem.philox import keep_tile
+from ..problem.problem import Buffers, Problem
+from .scratch import Scratch, widen
+from .slices import Slice
 
-__all__ = ["FEW_ROWS", "Block", "Slice", "Tiling"]
+__all__ = ["FEW_ROWS", "Block", "Tiling"]
 
 _LOG2_E = math.log2(math.e)
-# A row's sum below the first is redone exactly; a tile's sum above the second makes the fast pass take a new maximum.
-_SUM_TOO_SMALL, _SUM_TOO_LARGE = 2.0**-64, 2.0**40
-# Scores within these bounds need no shift: their exponentials lie between 2^-29 and 2^29.
+# A tile with a larger sum makes the fast pass take a new maximum: scores are then at most 14 above the old one, and
+# subtracting it costs no more accuracy than the scores have.
+_SUM_TOO_LARGE = 2.0**20
+# Scores within ±20 need no shift: their exponentials lie between 2^-29 and 2^29.
 _SCORE_BOUND = 20.0
+# The least sum of a row with keys, when the shift is its maximum (rounded) and when it is 0.
+_LEAST_SUM, _LEAST_BOUNDED_SUM = 0.5, 2.0**-30
 _LEAST = {np.dtype(dtype): np.finfo(dtype).min for dtype in (np.float32, np.float64)}
 # Blocks with no more rows are bound by reading keys and values.
 FEW_ROWS = 32
 # Blocks with fewer scores than this don't gain from looking at norms.
 _SCORES_WORTH_NORMS = 2**16
-# Allocating fewer elements is quicker than looking up a work array.
-_SMALL_ARRAY = 2**13
 # np.exp2 beats np.exp where NumPy has it in AVX-512, except on denormal results, which bounded scores don't have.
 _HAS_FAST_EXP2 = bool(np._core._multiarray_umath.__cpu_features__.get("AVX512_SKX"))  # type: ignore[attr-defined]
-
-
-class Slice(NamedTuple):
-    """Views of a call in which every unit has one key head and one value head.
-
-    All arrays have the same leading axes, `lead_shape`, the last of which counts units.  Usually it is the only one:
-    batch axes join it where the strides of all arrays allow.  Axes of masks have length 1 where they broadcast.
-    """
-
-    lead_shape: tuple[int, ...]
-    packs_key: bool  # BLAS can't take the rows as they are: another dtype, or not contiguous
-    packs_value: bool
-    period: int  # unit n, in C order over lead_shape, starts at entry n·period + first_head of b·Hq + h
-    first_head: int
-    query: Any  # (*lead, G, L, E)
-    key: Any  # (*lead, S, E)
-    value: Any  # (*lead, S, Ev)
-    float_mask: Any  # (*lead, G, L, S) or None
-    bool_mask: Any
-    out: Any  # (*lead, G, L, Ev)
-    lse: Any  # (*lead, G, L) or None
-    weights: Any  # (*lead, G, L, S) or None
 
 
 class Tiling(NamedTuple):
@@ -119,9 +99,10 @@ class Block:
         self.query = part.query[(*outer, units, slice(None), rows)]
         self.key, self.value = part.key[(*outer, units)], part.value[(*outer, units)]
         self.packs_key, self.packs_value = part.packs_key, part.packs_value
+        self.key_norms, self.units_id = part.key_norms, (*outer, first_unit)
         self.out = part.out[(*outer, units, slice(None), rows)]
         self.lse = None if part.lse is None else part.lse[(*outer, units, slice(None), rows)]
-        self.weights = None if part.weights is None else part.weights[(*outer, units, slice(None), rows)]
+        self.weights: Any = None if part.weights is None else part.weights[(*outer, units, slice(None), rows)]
         self.float_mask = _mask_block(part.float_mask, outer, units, rows)
         self.bool_mask = _mask_block(part.bool_mask, outer, units, rows)
 
@@ -134,7 +115,7 @@ class Block:
             and self.folded > FEW_ROWS
             and self.units * self.folded * problem.seqlen_k >= _SCORES_WORTH_NORMS
         )
-        self.heads = None  # b·Hq + h, (units, G)
+        self.heads: Any = None  # b·Hq + h, (units, G)
         if problem.has_score_mod or problem.has_mask_mod or problem.has_alibi or problem.has_sinks or problem.dropout_p:
             unit = np.arange(first_unit, first_unit + self.units)
             for axis, index in enumerate(outer):
@@ -144,11 +125,14 @@ class Block:
     def run(self) -> None:
         """Fill the block's part of out, lse and weights."""
         stage = self.problem.weights_stage
-        with _Scratch() as self.scratch:
+        self.scratch = Scratch.borrow()
+        try:
             if stage in (None, "softmax", "dropout") and not self._attend(exact=False):
                 self._attend(exact=True)
             if stage is not None:
                 self._write_weights(stage)
+        finally:
+            self.scratch.give_back()
 
     # --- the walk --------------------------------------------------------------------------------------------------
 
@@ -159,34 +143,37 @@ class Block:
         output = self.scratch("output", (self.units, self.folded, self.value.shape[-1]), self.dtype)
         start, stop = self.problem.band.key_range(self.row_start, self.row_stop, self.problem.seqlen_k)
 
-        bounded = self.looks_at_norms and not exact
-        query = self._scaled_query(_LOG2_E if bounded and _HAS_FAST_EXP2 else 1.0)
-        query_norm = _largest_norm(query) / (_LOG2_E if _HAS_FAST_EXP2 else 1.0) if bounded else 0.0
-        exp = np.exp2 if bounded and _HAS_FAST_EXP2 else np.exp
+        bounded = began_bounded = self.looks_at_norms and not exact
+        unit = _LOG2_E if bounded and _HAS_FAST_EXP2 else 1.0
+        query, exp = self._scaled_query(unit), np.exp if unit == 1 else np.exp2
         if bounded:
+            query_norm = _largest_norm(query) / unit
             shift.fill(0)
 
-        is_first, is_exact = (
-            True,
-            exact or not self.has_mods,
-        )  # is_exact: nothing was done that the exact pass wouldn't do
+        is_first = True
+        is_exact = exact or not self.has_mods  # nothing was done that the exact pass would not do
         for tile, keeps in self._tiles(start, stop):
             key, value = self._packed("key", self.key, tile), self._packed("value", self.value, tile)
-            if bounded and not query_norm * _largest_norm(key) <= _SCORE_BOUND:
+            if bounded and not query_norm * self._key_norm(key, tile) <= _SCORE_BOUND:
                 bounded, query, exp = False, self._scaled_query(1.0), np.exp
             takes_maximum = exact or (is_first and not bounded)
             is_exact = is_exact and (exact or (takes_maximum and not keeps))
             while True:
                 scores = self._scores(query, key, tile, keeps if exact else None)
+                removals = () if exact else keeps
                 if takes_maximum:
+                    for keep in removals:
+                        by_head = self._by_head(scores)
+                        by_head += _bias(keep, self.dtype)
                     self._raise_shift(scores, shift, row_sum, output, is_first)
+                    if removals and np.minimum.reduce(shift, axis=None) > _LEAST[self.dtype]:
+                        removals = ()  # every row has a key, beside which removed ones are 0 already
                 if not bounded:
                     scores -= shift[:, None]
                 exp(scores, out=scores)
-                if not exact:
-                    for keep in keeps:
-                        by_head = self._by_head(scores)
-                        np.multiply(by_head, keep, out=by_head)
+                for keep in removals:
+                    by_head = self._by_head(scores)
+                    by_head *= keep
                 sums = self._row_sums(scores)
                 if bounded or takes_maximum or sums.max() < _SUM_TOO_LARGE:
                     break
@@ -197,12 +184,17 @@ class Block:
             is_first = False
 
         if is_first:  # no key takes part
-            shift.fill(_LEAST[self.dtype])
             row_sum.fill(0)
             output.fill(0)
-        elif not is_exact and not (np.minimum.reduce(row_sum, axis=None) >= _SUM_TOO_SMALL and _is_finite(output)):
-            return False
-        self._finish(shift, row_sum, output, may_be_empty=is_first or exact)
+        elif not is_exact:
+            least_sum = _LEAST_BOUNDED_SUM if began_bounded else _LEAST_SUM
+            if not np.minimum.reduce(row_sum, axis=None) >= least_sum:
+                is_empty = (row_sum == 0) & (bounded | (shift == _LEAST[self.dtype]))
+                if not np.all(is_empty | (row_sum >= least_sum)):
+                    return False
+            if not _is_finite(output):
+                return False
+        self._finish(shift, row_sum, output)
         return True
 
     def _raise_shift(self, scores: Any, shift: Any, row_sum: Any, output: Any, is_first: bool) -> None:
@@ -241,8 +233,12 @@ class Block:
             row_sum += sums
             output += product
 
-    def _finish(self, shift: Any, row_sum: Any, output: Any, may_be_empty: bool) -> None:
+    def _finish(self, shift: Any, row_sum: Any, output: Any) -> None:
         problem = self.problem
+        has_empty = not np.minimum.reduce(row_sum, axis=None) > 0  # or NaN
+        if has_empty:
+            empty = row_sum == 0
+            shift[empty] = _LEAST[self.dtype]
         if self.buffers.sinks is not None:
             sinks = self.buffers.sinks[self.heads % problem.num_heads_q].astype(self.dtype)
             sinks = np.repeat(sinks.reshape(self.units, self.group), self.rows, axis=1)[..., None]
@@ -256,9 +252,8 @@ class Block:
             self.lse[...] = (shift + np.log(row_sum)).reshape(self.lse.shape)
         if 0 < problem.dropout_p < 1:
             row_sum *= 1 - problem.dropout_p
-        if may_be_empty:
-            empty = row_sum == 0
-            row_sum[empty] = 1
+        if has_empty:
+            row_sum[row_sum == 0] = 1
             output[empty[..., 0]] = 0
         by_head = row_sum.reshape(self.units, self.group, self.rows, 1)
         np.divide(output.reshape(self.out.shape), by_head, out=self.out, casting="unsafe")
@@ -387,41 +382,35 @@ class Block:
         if self.query.dtype == self.dtype:
             np.multiply(self.query, self.dtype.type(self.problem.scale * factor), out=by_head)
         else:
-            _widen(self.query, by_head)
+            widen(self.query, by_head)
             np.multiply(query, self.dtype.type(self.problem.scale * factor), out=query)
         return query
+
+    def _key_norm(self, key: Any, tile: _Tile) -> float:
+        if tile.start % self.tiling.batch_keys:
+            return _largest_norm(key)  # tiles that start with a window are other tiles in every block
+        place = (*self.units_id, tile)
+        norm = self.key_norms.get(place)
+        if norm is None:
+            norm = self.key_norms[place] = _largest_norm(key)
+        return norm
 
     def _packed(self, name: str, operand: Any, tile: _Tile) -> Any:
         """A tile of K or V, (units, runs, keys, E), as BLAS takes it: accumulation dtype, contiguous rows."""
         rows = operand[:, tile.start : tile.stop]
         if self.packs_key if name == "key" else self.packs_value:
             packed = self.scratch(name, rows.shape, self.dtype)
-            _widen(rows, packed)
+            widen(rows, packed)
             rows = packed
         return rows.reshape(rows.shape[0], tile.runs, rows.shape[1] // tile.runs, rows.shape[2])
 
 
-class _Scratch:
-    """Named work arrays that a thread keeps from job to job.  Nested calls get arrays of their own."""
-
-    _free = threading.local()
-
-    def __enter__(self) -> _Scratch:
-        free = self._free.__dict__.setdefault("arrays", [])
-        self._arrays: dict[tuple[str, Any], np.ndarray] = free.pop() if free else {}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._free.arrays.append(self._arrays)
-
-    def __call__(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
-        size = math.prod(shape)
-        if size < _SMALL_ARRAY:
-            return np.empty(shape, dtype)
-        array = self._arrays.get((name, dtype))
-        if array is None or array.size < size:
-            array = self._arrays[name, dtype] = np.empty(size, dtype)
-        return array[:size].reshape(shape)
+def _bias(keep: Any, dtype: Any) -> Any:
+    """0 where `keep` is True and the least finite number elsewhere; quicker than np.where."""
+    bias = keep.astype(dtype)
+    bias -= 1
+    bias *= -_LEAST[dtype]
+    return bias
 
 
 def _mask_block(mask: Any, outer: tuple[int, ...], units: slice, rows: slice) -> Any:
@@ -467,23 +456,3 @@ def _is_finite(array: Any) -> bool:
 @lru_cache(maxsize=4)
 def _ones(rows: int, dtype: Any) -> Any:
     return np.ones((rows, 1), dtype)
-
-
-def _widen(source: Any, target: Any) -> None:
-    """Copy into the accumulation dtype.
-
-    NumPy converts float16 element by element (1.8 ns); moving the bits with integer instructions and scaling by 2^112,
-    which also makes subnormals right, takes 0.3 ns.  inf and NaN, whose exponent it would misread, go NumPy's way.
-    """
-    if source.dtype != np.float16:
-        np.copyto(target, source)
-        return
-    bits = source.view(np.int16)
-    if np.bitwise_and(bits, np.int16(0x7FFF)).max(initial=0) >= 0x7C00:
-        np.copyto(target, source)
-        return
-    wide = target.view(np.int32)
-    np.copyto(wide, bits)
-    np.left_shift(wide, 13, out=wide)
-    np.bitwise_and(wide, np.int32(-0x70002000), out=wide)  # drop the sign bits that were carried into the exponent
-    np.multiply(target, np.float32(2.0**112), out=target)

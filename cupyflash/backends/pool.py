@@ -79,7 +79,8 @@ def run_jobs(function: Callable[[Job], None], jobs: Iterable[Job], workers: int)
             function(job)
         return
 
-    queue, queue_lock, failures = iter(jobs), threading.Lock(), []
+    queue, queue_lock = iter(jobs), threading.Lock()
+    failures: list[BaseException] = []
 
     def work() -> None:
         while not failures:

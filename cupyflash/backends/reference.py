@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from ..problem.mods import Coordinates, add_alibi, apply_mask_mod, apply_score_mod, cap_scores
-from ..problem.normalize import Buffers, Problem
 from ..problem.philox import keep_tile
+from ..problem.problem import Buffers, Problem
 
 __all__ = ["MathBackend"]
 

@@ -13,14 +13,14 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
-from ..problem.normalize import Buffers, Problem
+from ..problem.problem import Buffers, Problem
 from .blas import control, one_blas_thread
-from .block import FEW_ROWS, Block, Slice, Tiling
+from .block import FEW_ROWS, Block, Tiling
 from .pool import num_threads, run_jobs
+from .slices import Slice, slice_call
 
 __all__ = ["NumpyBackend"]
 
@@ -49,7 +49,7 @@ class NumpyBackend:
             buffers.weights.fill(-math.inf if problem.weights_stage == "biased" else 0)
         if 0 in buffers.out.shape[:-1]:
             return
-        slices = _slices(problem, buffers)
+        slices = slice_call(problem, buffers)
         packs = slices[0].packs_key or slices[0].packs_value
         tiling = _tiling(problem, slices[0].lead_shape[-1], packs, available)
 
@@ -62,117 +62,6 @@ class NumpyBackend:
 
 
 # --- cutting a call into jobs --------------------------------------------------------------------------------------
-
-
-def _slices(problem: Problem, buffers: Buffers) -> list[Slice]:
-    """Views of the call in which every unit has one key head and one value head; see `_slicing`."""
-    arrays = (
-        buffers.query,
-        buffers.key,
-        buffers.value,
-        buffers.float_mask,
-        buffers.bool_mask,
-        buffers.out,
-        buffers.lse,
-        buffers.weights,
-    )
-    layout = tuple(None if array is None else (array.shape, array.strides) for array in arrays)
-    return [Slice(*facts, *map(_view, arrays, steps)) for facts, steps in _slicing(problem, layout)]
-
-
-# (split_shape or None, index or None, joined_shape): a.reshape(split_shape)[index].reshape(joined_shape), always a
-# view.
-_Step = tuple[Any, Any, tuple[int, ...]]
-
-
-def _view(array: Any, step: _Step | None) -> Any:
-    if step is None:
-        return None
-    split_shape, index, joined_shape = step
-    if split_shape is not None:
-        array = array.reshape(split_shape)
-    if index is not None:
-        array = array[index]
-    return array.reshape(joined_shape)
-
-
-@lru_cache(maxsize=512)
-def _slicing(
-    problem: Problem, layout: tuple[Any, ...]
-) -> list[tuple[tuple[tuple[int, ...], bool, bool, int, int], list[_Step | None]]]:
-    """How to take a call's slices, from its arrays' shapes and strides: the first fields of `Slice`, a step per array.
-
-    Units are the runs of gcd(Hq/Hk, Hq/Hv) query heads, which share their key head and their value head.  After
-    lcm(Hq/Hk, Hq/Hv) query heads, the period, the pattern repeats; there is one slice for each place of a unit within
-    it, so one in all where Hk = Hv.
-    """
-    num_heads_q, batch_shape = problem.num_heads_q, problem.batch_shape
-    per_key, per_value = num_heads_q // problem.num_heads_k, num_heads_q // problem.num_heads_v
-    group, period = math.gcd(per_key, per_value), math.lcm(per_key, per_value)
-    rank, units = len(batch_shape), num_heads_q // period
-    packs = [_needs_packing(problem, *entry) for entry in layout[1:3]]
-
-    slicing = []
-    for place in range(0, period, group):
-        steps: list[Any] = []
-        lead_strides = []
-        for name, entry in zip(Slice._fields[5:], layout, strict=True):
-            if entry is None:
-                steps.append(None)
-                continue
-            shape, strides = entry
-            if name in ("key", "value"):
-                per_head = per_key if name == "key" else per_value
-                split, index = None, (..., slice(place // per_head, None, period // per_head), slice(None), slice(None))
-                lead, rest = (*shape[:rank], units), shape[rank + 1 :]
-                unit_stride = strides[rank] * (period // per_head)
-                if period == per_head:
-                    index = None
-            elif shape[rank] == num_heads_q:
-                split = (*shape[:rank], units, period, *shape[rank + 1 :])
-                index = (*(slice(None),) * (rank + 1), slice(place, place + group))
-                lead, rest = (*shape[:rank], units), (group, *shape[rank + 1 :])
-                unit_stride = strides[rank] * period
-                if period == group:
-                    split = index = None
-            else:  # a mask for all heads
-                split = index = None
-                lead, rest = (*shape[:rank], 1), (1, *shape[rank + 1 :])
-                unit_stride = 0
-            steps.append((split, index, lead, rest))
-            lead_strides.append(
-                tuple(0 if n == 1 else stride for n, stride in zip(lead, (*strides[:rank], unit_stride), strict=True))
-            )
-        axes = _joined_axes((*batch_shape, units), lead_strides)
-        joined = [step and (*step[:2], (*_join(step[2], axes), *step[3])) for step in steps]
-        slicing.append(((_join((*batch_shape, units), axes), *packs, period, place), joined))
-    return slicing
-
-
-def _needs_packing(problem: Problem, shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """True if BLAS can't take the last two axes as they are: another dtype, or rows that are not contiguous."""
-    itemsize, (row, element) = problem.element.storage.itemsize, strides[-2:]
-    is_matrix = element == itemsize and row % itemsize == 0 and row >= itemsize * shape[-1]
-    return problem.element.is_half or not is_matrix
-
-
-def _join(shape: tuple[int, ...], axes: list[tuple[int, int]]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[first:last]) for first, last in axes)
-
-
-def _joined_axes(shape: tuple[int, ...], strides: list[tuple[int, ...]]) -> list[tuple[int, int]]:
-    """Ranges of adjacent axes that are one axis in every array: a reshape that joins them is a view."""
-    ranges = [(len(shape) - 1, len(shape))]
-    inner = len(shape) - 1  # the outermost axis of the current range that is longer than 1
-    for axis in range(len(shape) - 2, -1, -1):
-        joins = shape[axis] == 1 or shape[inner] == 1 or all(s[axis] == s[inner] * shape[inner] for s in strides)
-        if joins:
-            ranges[-1] = (axis, ranges[-1][1])
-        else:
-            ranges.append((axis, axis + 1))
-        if not joins or shape[axis] > 1:
-            inner = axis
-    return ranges[::-1]
 
 
 @lru_cache(maxsize=512)

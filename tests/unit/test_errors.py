@@ -500,7 +500,7 @@ def test_merge_attention_refuses(name: str) -> None:
     ("arguments", "error", "says"),
     [
         ({"shape": 5}, TypeError, ("shape", "5")),
-        ({"shape": (5,)}, ValueError, ("shape", "(5,)", "2")),
+        ({"shape": (5,)}, ValueError, ("shape", "(5,)", "two")),
         ({"shape": (2, -1)}, ValueError, ("shape", "-1")),
         ({"shape": (2.0, 3)}, TypeError, ("shape", "2.0")),
         ({"dropout_p": 1.5}, ValueError, ("dropout_p", "1.5", "[0, 1]")),
@@ -516,6 +516,21 @@ def test_dropout_mask_refuses(arguments: dict[str, Any], error: type[Exception],
     refused(cupyflash.dropout_mask, {"shape": (2, 3), "dropout_p": 0.5, "seed": 1} | arguments, error, says)
 
 
+class Silent:
+    """A backend that could be registered."""
+
+    def reasons(self, *of_a_problem: Any) -> list[str]:
+        return ["it never answers"]
+
+    def run(self, *a_problem: Any) -> None:
+        raise AssertionError("it said that it never answers")
+
+
 def test_a_backend_is_not_replaced_by_accident() -> None:
-    with pytest.raises(ValueError, match="numpy"):
-        cupyflash.register_backend("numpy", object())
+    refused(cupyflash.register_backend, {"name": "numpy", "backend": Silent()}, ValueError, ("numpy", "overwrite"))
+
+
+def test_what_is_no_backend_is_not_registered() -> None:
+    refused(cupyflash.register_backend, {"name": "mine", "backend": 3}, TypeError, ("backend", "3", "run"))
+    refused(cupyflash.register_backend, {"name": 3, "backend": Silent()}, TypeError, ("name", "3"))
+    assert "mine" not in cupyflash.backends()

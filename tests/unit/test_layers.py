@@ -25,12 +25,16 @@ ORDER = [
     "problem.mods",
     "problem.shapes",
     "problem.philox",
+    "problem.problem",
+    "problem.checks",
     "problem.normalize",
     "build",
     "build.source",
     "backends",
     "backends.pool",
     "backends.blas",
+    "backends.scratch",
+    "backends.slices",
     "backends.block",
     "backends.reference",
     "backends.tiled",
@@ -45,7 +49,8 @@ ORDER = [
 
 # Who may import which neighbour in backends/: tiled shares helpers, and the registry names every backend.
 SHARED = {
-    "backends.tiled": {"backends.blas", "backends.block", "backends.pool"},
+    "backends.tiled": {"backends.blas", "backends.block", "backends.pool", "backends.slices"},
+    "backends.block": {"backends.scratch", "backends.slices"},
     "backends.registry": {"backends.reference", "backends.tiled"},
 }
 
