@@ -107,7 +107,7 @@ def psnr(image: Array, clean: Array) -> float:
 
 def save_figure(panels: dict[str, Array], path: Path) -> None:
     """Write the images side by side as a PNG."""
-    figure = Figure(figsize=(4 * len(panels), 4.25), dpi=150, layout="constrained")
+    figure = Figure(figsize=(4 * len(panels), 4.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (title, image) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         axes.imshow(image.clip(0, 1), interpolation="nearest")

@@ -347,7 +347,8 @@ class Block:
         if buffers.alibi_slopes is not None:
             slopes = buffers.alibi_slopes
             slopes = slopes[at.b if slopes.shape[0] > 1 else 0, at.h]
-            add_alibi(scores, slopes, at.q_idx, at.kv_idx, self.problem.shift, np)
+            problem = self.problem
+            add_alibi(scores, slopes, at.q_idx, at.kv_idx, problem.shift, problem.last_position, np)
         return removed
 
     def _drop(self, weights: Any, tile: _Tile) -> None:

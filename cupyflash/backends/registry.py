@@ -107,5 +107,6 @@ def _unsupported(problem: Problem, chosen: str) -> Unsupported:
         reasons = {chosen: ("it has no kernels in this version",), **reasons}
     lines = [f"backend {chosen!r} can't run this call:", f"  {problem}".replace("\n", "\n  "), "Reasons:"]
     for name, why in reasons.items():
-        lines.append(f"  {name}: {'; '.join(why) if why else f'can: pass backend={name!r}'}")
+        usable = f'it can run this: pass backend="{name}"'
+        lines.append(f"  {name}: {'; '.join(why) or usable}")
     return Unsupported("\n".join(lines), reasons)

@@ -59,7 +59,7 @@ def slice_call(problem: Problem, buffers: Buffers) -> list[Slice]:
 
 
 class _Step(NamedTuple):
-    """How a slice is taken from one array: array.reshape(split_shape)[selection].reshape(joined_shape), always a view."""
+    """How a slice is taken from an array: array.reshape(split_shape)[selection].reshape(joined_shape)."""
 
     split_shape: tuple[int, ...] | None  # None where the step is not needed
     selection: tuple[Any, ...] | None

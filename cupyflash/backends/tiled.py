@@ -94,7 +94,9 @@ def _tiling(problem: Problem, units: int, packs: bool, available_threads: int) -
             job_units = min(job_units, 2**17 // (width * batch_keys))
     else:
         rows, keys = 256, 512
-        if problem.band.is_full:
+        if problem.has_score_mod or problem.has_mask_mod or problem.has_alibi or problem.dropout_p:
+            keys = 256  # the functions make temporary arrays as large as a tile, or several times that
+        elif problem.band.is_full:
             enough_jobs = 4 * threads if threads > 1 else 1
             rows = next((rows for rows in (1024, 512) if total_units * unit_rows >= enough_jobs * rows), rows)
             keys = 2**18 // rows

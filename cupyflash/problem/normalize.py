@@ -70,7 +70,7 @@ def normalize(
     query = plain_array(query)
     key = array_like_query("key", key, library)
     if value is None and stage is not None:
-        value = key[..., :0]
+        value = key[..., :0] if key.ndim else key
     else:
         value = array_like_query("value", value, library)
     dtype = common_dtype(query, key, value)

@@ -66,6 +66,11 @@ class Problem:
         return math.prod(self.batch_shape)
 
     @property
+    def last_position(self) -> int:
+        """A bound of all |i + shift| and j."""
+        return max(self.seqlen_q + abs(self.shift), self.seqlen_k)
+
+    @property
     def lead_shape(self) -> tuple[int, ...]:
         """The axes of the output before its last two, as the caller sees them."""
         return (*self.batch_shape, self.num_heads_q) if self.has_head_axis else ()

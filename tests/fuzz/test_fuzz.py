@@ -61,7 +61,7 @@ def capable(backend: str, case: Case) -> bool:
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-@examples(10)
+@examples(20)
 @given(case=cases())
 def test_any_call_gives_what_the_oracle_gives(case: Case) -> None:
     for backend in BACKENDS:
@@ -69,7 +69,7 @@ def test_any_call_gives_what_the_oracle_gives(case: Case) -> None:
             case.check(backend)
 
 
-@examples(0.4)
+@examples(2)
 @given(case=cases(large=True))
 def test_any_call_over_several_tiles(case: Case) -> None:
     for backend in BACKENDS:
@@ -77,7 +77,7 @@ def test_any_call_over_several_tiles(case: Case) -> None:
             case.check(backend)
 
 
-@examples(1)
+@examples(1.5)
 @given(case=cases())
 def test_scores_at_every_stage(case: Case) -> None:
     for backend in BACKENDS:
@@ -88,7 +88,7 @@ def test_scores_at_every_stage(case: Case) -> None:
 
 
 @every_backend
-@examples(1)
+@examples(1.5)
 @given(case=cases(masks=(), **PLAIN), data=st.data())
 def test_permuting_the_keys_with_their_mask_changes_nothing(backend: str, case: Case, data: st.DataObject) -> None:
     arguments = replace(case, return_weights=False).arguments()
@@ -103,7 +103,7 @@ def test_permuting_the_keys_with_their_mask_changes_nothing(backend: str, case: 
 
 
 @every_backend
-@examples(1)
+@examples(1.5)
 @given(case=cases(), data=st.data())
 def test_permuting_the_queries_permutes_the_rows(backend: str, case: Case, data: st.DataObject) -> None:
     case = replace(case, **PLAIN, masks=(), return_weights=False)
@@ -120,7 +120,7 @@ def restored_rows(result: tuple[np.ndarray, ...], order: list[int]) -> tuple[np.
 
 
 @every_backend
-@examples(1)
+@examples(1.5)
 @given(case=cases(**QUIET, sinks=None, mask_mod=None, score_mod=None), cut=st.floats(0, 1))
 def test_two_halves_of_the_keys_merged_equal_the_whole(backend: str, case: Case, cut: float) -> None:
     case = replace(case, dtype={"float16": "float32", "bfloat16": "float32"}.get(case.dtype, case.dtype))
@@ -140,7 +140,7 @@ def test_two_halves_of_the_keys_merged_equal_the_whole(backend: str, case: Case,
 
 
 @every_backend
-@examples(1)
+@examples(1.5)
 @given(case=cases(softcap=0.0, sinks=None), constant=st.floats(-50, 50, width=32))
 def test_a_constant_added_to_all_scores_changes_lse_alone(backend: str, case: Case, constant: float) -> None:
     def added(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
@@ -156,7 +156,7 @@ def test_a_constant_added_to_all_scores_changes_lse_alone(backend: str, case: Ca
 
 
 @every_backend
-@examples(1)
+@examples(1.5)
 @given(case=cases(**QUIET, sinks=None))
 def test_where_v_is_one_the_output_is_one(backend: str, case: Case) -> None:
     arguments = case.arguments()
@@ -168,7 +168,7 @@ def test_where_v_is_one_the_output_is_one(backend: str, case: Case) -> None:
 
 
 @every_backend
-@examples(1)
+@examples(1.5)
 @given(case=cases(**QUIET))
 def test_the_output_lies_between_the_smallest_and_the_largest_value_and_zero(backend: str, case: Case) -> None:
     arguments = case.arguments()
@@ -184,7 +184,7 @@ def test_the_output_lies_between_the_smallest_and_the_largest_value_and_zero(bac
 
 
 @every_backend
-@examples(1)
+@examples(1.5)
 @given(case=cases(window=None), align=st.sampled_from(["top_left", "bottom_right", 3]))
 def test_an_unbounded_window_is_no_window(backend: str, case: Case, align: str | int) -> None:
     case = replace(case, align=align)
@@ -195,7 +195,7 @@ def test_an_unbounded_window_is_no_window(backend: str, case: Case, align: str |
 
 
 @every_backend
-@examples(1)
+@examples(1.5)
 @given(case=cases(is_causal=True))
 def test_causal_is_a_window_without_a_right_side_and_a_triangle_as_mask(backend: str, case: Case) -> None:
     case = replace(case, window=None, masks=())
@@ -210,7 +210,7 @@ def test_causal_is_a_window_without_a_right_side_and_a_triangle_as_mask(backend:
 
 
 @every_backend
-@examples(1)
+@examples(1.5)
 @given(case=cases(**QUIET), data=st.data())
 def test_nan_in_a_removed_key_does_not_leak(backend: str, case: Case, data: st.DataObject) -> None:
     seqlen_k = case.key_shape[-2]
@@ -230,7 +230,7 @@ def test_nan_in_a_removed_key_does_not_leak(backend: str, case: Case, data: st.D
 
 
 @every_backend
-@examples(1)
+@examples(1.5)
 @given(
     case=cases(),
     layouts=st.tuples(*[st.sampled_from([x for x in LAYOUTS if x[:3] not in ("rep", "ove")])] * 3),
@@ -241,7 +241,7 @@ def test_strides_change_nothing(backend: str, case: Case, layouts: tuple[str, st
 
 
 @every_backend
-@examples(1)
+@examples(1.5)
 @given(case=cases(enable_gqa=False, mask_mod=None, score_mod=None), data=st.data())
 def test_a_slice_of_the_batch_gives_a_slice_of_the_result(backend: str, case: Case, data: st.DataObject) -> None:
     case = replace(case, **QUIET, masks=(), sinks=None, alibi_shape=None, return_weights=False)
@@ -259,7 +259,7 @@ def test_a_slice_of_the_batch_gives_a_slice_of_the_result(backend: str, case: Ca
 
 
 @every_backend
-@examples(1)
+@examples(1.5)
 @given(case=cases(enable_gqa=False, mask_mod=None, score_mod=None), data=st.data())
 def test_permuting_the_heads_permutes_the_result(backend: str, case: Case, data: st.DataObject) -> None:
     case = replace(case, **QUIET, masks=(), alibi_shape=None, return_weights=False)
@@ -279,7 +279,7 @@ def test_permuting_the_heads_permutes_the_result(backend: str, case: Case, data:
 
 
 @every_backend
-@examples(1)
+@examples(1.5)
 @given(case=cases(), layout=st.sampled_from(["fresh", "swapped", "strided", "reversed"]))
 def test_out_is_what_would_have_been_returned(backend: str, case: Case, layout: str) -> None:
     expected = results(case, backend)
@@ -297,7 +297,7 @@ def test_out_is_what_would_have_been_returned(backend: str, case: Case, layout: 
     assert [x.tobytes() for x in actual] == [x.tobytes() for x in expected]
 
 
-@examples(1)
+@examples(1.5)
 @given(case=cases(dropout_p=0.5), seed=st.integers(0, 2**64 - 1), p=st.floats(0.01, 0.99))
 def test_the_dropout_mask_is_the_same_on_every_backend(case: Case, seed: int, p: float) -> None:
     case = replace(case, dropout_p=p, seed=seed, return_weights=True)
@@ -311,7 +311,7 @@ def test_the_dropout_mask_is_the_same_on_every_backend(case: Case, seed: int, p:
 
 
 @every_backend
-@examples(1)
+@examples(1.5)
 @given(case=cases())
 def test_the_same_call_gives_the_same_bits_and_leaves_its_inputs(backend: str, case: Case) -> None:
     arguments = case.arguments()
@@ -323,7 +323,7 @@ def test_the_same_call_gives_the_same_bits_and_leaves_its_inputs(backend: str, c
 
 
 @every_backend
-@examples(1)
+@examples(1.5)
 @given(case=cases(enable_gqa=True, dropout_p=0.0))
 def test_grouped_heads_are_repeated_heads(backend: str, case: Case) -> None:
     case = replace(case, seed=None, return_weights=False)
@@ -337,7 +337,7 @@ def test_grouped_heads_are_repeated_heads(backend: str, case: Case) -> None:
     assert_same(actual, expected, case, backend)
 
 
-@examples(1)
+@examples(1.5)
 @given(case=cases())
 def test_a_case_prints_itself(case: Case) -> None:
     names = {"Case": Case, "MaskSpec": MaskSpec, "SinkSpec": SinkSpec}
