@@ -199,10 +199,11 @@ class Block:
 
     def _raise_shift(self, scores: Any, shift: Any, row_sum: Any, output: Any, is_first: bool) -> None:
         """Raise each row's shift to the maximum of the tile, and rescale what was summed with the old one."""
-        largest = np.maximum.reduce(scores, axis=3, keepdims=True)
+        # A row of -inf gets the least finite number: exp(-inf - m) must stay 0.
+        largest = np.maximum.reduce(scores, axis=3, keepdims=True, initial=_LEAST[self.dtype])
         largest = largest[:, 0] if scores.shape[1] == 1 else largest.max(axis=1)
-        if is_first:  # a row of -inf gets the least finite number: exp(-inf - m) must stay 0
-            np.maximum(largest, _LEAST[self.dtype], out=shift)
+        if is_first:
+            shift[...] = largest
             return
         np.maximum(largest, shift, out=largest)
         rescale = np.exp(shift - largest)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,12 +21,14 @@ from ..problem.problem import Buffers, Problem
 from .blas import control, one_blas_thread
 from .block import FEW_ROWS, Block, Tiling
 from .pool import num_threads, run_jobs
-from .slices import Slice, slice_call
+from .slices import slice_call
 
 __all__ = ["NumpyBackend"]
 
 # Below this many floating-point operations (about 0.5 ms) a second thread costs more than it brings.
 _FLOPS_WORTH_A_THREAD = 5e7
+# The list of jobs of a call with no more rows is remembered.
+_ROWS_WORTH_REMEMBERING = 2**10
 # Up to this m·n·k OpenBLAS runs a product on the calling thread, whatever its thread count.
 _PRODUCT_WORTH_A_THREAD = 2**18
 
@@ -50,21 +53,36 @@ class NumpyBackend:
         if 0 in buffers.out.shape[:-1]:
             return
         slices = slice_call(problem, buffers)
-        packs = slices[0].packs_key or slices[0].packs_value
-        tiling = _tiling(problem, slices[0].lead_shape[-1], packs, available)
+        first = slices[0]
+        jobs: Iterable[_Job] | None
+        tiling, jobs = _schedule(
+            problem, first.lead_shape, len(slices), first.packs_key or first.packs_value, available
+        )
 
-        def attend(job: tuple[Slice, tuple[int, ...], int, int]) -> None:
+        if jobs is None:
+            jobs = _jobs(problem, first.lead_shape, len(slices), tiling)
+
+        def attend(job: _Job) -> None:
             with np.errstate(all="ignore"):
-                Block(problem, buffers, tiling, *job).run()
+                Block(problem, buffers, tiling, slices[job.slice], job.outer, job.first_unit, job.first_row).run()
 
         with one_blas_thread if tiling.guards_blas else nullcontext():
-            run_jobs(attend, _jobs(slices, tiling), tiling.threads if control() else 1)
+            run_jobs(attend, jobs, tiling.threads if control() else 1)
 
 
 # --- cutting a call into jobs --------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=512)
+def _schedule(
+    problem: Problem, lead_shape: tuple[int, ...], num_slices: int, packs: bool, available_threads: int
+) -> tuple[Tiling, tuple[_Job, ...] | None]:
+    """The tiling of a call, and its jobs if they are few."""
+    tiling = _tiling(problem, lead_shape[-1], packs, available_threads)
+    is_short = num_slices * math.prod(lead_shape) * problem.seqlen_q <= _ROWS_WORTH_REMEMBERING
+    return tiling, tuple(_jobs(problem, lead_shape, num_slices, tiling)) if is_short else None
+
+
 def _tiling(problem: Problem, units: int, packs: bool, available_threads: int) -> Tiling:
     """Tile sizes, from measurements on a two-core AVX-512 machine with 1 MiB of L2 cache per core.
 
@@ -121,13 +139,28 @@ def _clamp(number: int, least: int, most: int) -> int:
     return min(max(number, least), most)
 
 
-def _jobs(slices: list[Slice], tiling: Tiling) -> Iterator[tuple[Slice, tuple[int, ...], int, int]]:
-    """All jobs; under a causal mask the later rows, which see more keys, come first."""
-    seqlen_q = slices[0].query.shape[-2]
-    first_rows = range(0, seqlen_q, tiling.rows)
-    *outer_shape, units = slices[0].lead_shape
-    for first_row in reversed(first_rows) if tiling.longest_first else (None,):
-        for part, outer in itertools.product(slices, itertools.product(*map(range, outer_shape))):
-            for first_unit in range(0, units, tiling.units):
-                for row in first_rows if first_row is None else (first_row,):
-                    yield part, outer, first_unit, row
+class _Job(NamedTuple):
+    slice: int
+    outer: tuple[int, ...]  # index into all leading axes but the last
+    first_unit: int
+    first_row: int
+
+
+def _jobs(problem: Problem, lead_shape: tuple[int, ...], num_slices: int, tiling: Tiling) -> Iterator[_Job]:
+    """All jobs of a call; under a causal mask the later rows, which see more keys, come first."""
+    first_rows = range(0, problem.seqlen_q, tiling.rows)
+    if not tiling.longest_first:
+        for part, outer, first_unit in _places(lead_shape, num_slices, tiling):
+            for first_row in first_rows:
+                yield _Job(part, outer, first_unit, first_row)
+        return
+    for first_row in reversed(first_rows):
+        for part, outer, first_unit in _places(lead_shape, num_slices, tiling):
+            yield _Job(part, outer, first_unit, first_row)
+
+
+def _places(lead_shape: tuple[int, ...], num_slices: int, tiling: Tiling) -> Iterator[tuple[int, tuple[int, ...], int]]:
+    for part in range(num_slices):
+        for outer in itertools.product(*map(range, lead_shape[:-1])):
+            for first_unit in range(0, lead_shape[-1], tiling.units):
+                yield part, outer, first_unit

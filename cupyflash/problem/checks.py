@@ -192,7 +192,7 @@ def _shares_memory(a: Any, b: Any, xp: Any) -> bool:
         return bool(xp.shares_memory(a, b))
     try:
         # The exact answer is exponential in the worst case; interleaved views, which users have, are quick.
-        return np.shares_memory(a, b, max_work=100_000)
+        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]  # the stubs know -1 and 0 only
     except np.exceptions.TooHardError:
         return True
 

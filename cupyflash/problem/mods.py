@@ -77,8 +77,8 @@ def cap_scores(scores: Any, softcap: float, xp: Any) -> None:
 def add_alibi(scores: Any, slopes: Any, q_idx: Any, kv_idx: Any, shift: int, last: int, xp: Any) -> None:
     """Add -slope · |i + shift - j| to `scores` (Press, Smith, Lewis 2022).
 
-    `slopes` (float32) broadcasts against the scores.  `last` bounds |i + shift| and j: where the scores' dtype holds such
-    integers exactly, the distance is computed in it, which is quicker, else in float64 and rounded once.
+    `slopes` (float32) broadcasts against the scores.  `last` bounds |i + shift| and j: where the scores' dtype holds
+    such integers exactly, the distance is computed in it, which is quicker, else in float64 and rounded once.
     """
     exact = scores.dtype if last < 2**24 else np.float64
     distance = (q_idx + shift).astype(exact) - kv_idx.astype(exact)
