@@ -25,7 +25,7 @@ fuzz:  ## the property tests with many examples
 	HYPOTHESIS_PROFILE=nightly $(PYTHON) -m pytest tests/fuzz
 
 bench:  ## the benchmarks (pip install -e '.[bench]')
-	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(PYTHON) "$$file"; done
+	set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(PYTHON) "$$file"; done
 
 gpu:  ## the tests that need a GPU
 	@echo "There are no GPU kernels yet, so there is nothing to test on a GPU." >&2; exit 1

@@ -2,10 +2,11 @@
 
     python benchmarks/bench_cpu.py [--cases GLOB] [--quick] [--no-torch] [--out FILE.json]
 
-Figures are ratios within one run.  Two BLAS or OpenMP thread pools in one process disturb each other, so every
-implementation has a process of its own, on the same cores, and they take turns (A-B-C-A-B-C…): what else the
-machine does meets all of them.  A row's time is the least of all samples; the spread is kept.  `taskset`
-chooses the cores.
+Figures are ratios within one run.  Two BLAS or OpenMP thread pools in one process disturb each other, so
+every implementation has a process of its own, on the same cores, and they take turns (A-B-C-A-B-C…): what
+else the machine does meets all of them.  A row's time is the least of all samples; the spread is kept.
+`taskset` chooses the cores.  On a busy machine the figures mean nothing: a thread that waits for a core which
+another program holds can make a call of 20 µs take 8 ms in every sample of a run, whoever's call it is.
 
 Before it is timed, each result is checked: some rows of it, against the float64 formula, by the rule of
 `cupyflash.testing`.  Extra memory is what the first call of a fresh process allocates at its peak besides the
@@ -21,6 +22,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import os
 import platform
 import re
 import shlex
@@ -41,7 +43,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what is measured is the checkout around this file
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # measure the checkout around this file
 
 from baselines import PREPARE, count_cores
 from workloads import WORKLOADS, Workload
@@ -54,11 +56,12 @@ Report: TypeAlias = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-ROUNDS, TURN_SECONDS = 3, 0.5
-QUICK_ROUNDS, QUICK_TURN_SECONDS = 2, 0.15
+ROUNDS = 3
+TURN_SECONDS, QUICK_TURN_SECONDS = 0.5, 0.2
 SAMPLE_SECONDS = 1e-3  # calls shorter than this are timed several at a time
 PAUSE_SECONDS = 0.05  # until the threads of the one whose turn is over have stopped spinning
-CHECKED_ROWS = 8  # at the start, the middle and the end of the queries
+BUSY_LOAD = 0.5  # threads that ran on average of the minute before the run
+CHECKED_ROWS = 8  # the first of the first batch entry, and the last of the last
 
 
 # --- in the worker ---------------------------------------------------------------------------------------
@@ -87,21 +90,22 @@ def check(out: Array, **arguments: Any) -> float:
     """
     batch_size, _, seqlen_q, _ = arguments["query"].shape
     last = max(0, seqlen_q - CHECKED_ROWS)
-    # The dropout mask hangs on the row's place, which only the first rows keep.
-    starts = {0} if arguments.get("dropout_p") else {0, last // 2, last}
+    places = {(0, 0), (batch_size - 1, last)}
+    if arguments.get("dropout_p"):
+        places = {(0, 0)}  # its mask hangs on the place, which only the first rows keep
     error = 0.0
-    for b in {0, batch_size - 1}:
-        for start in starts:
-            rows = slice(start, start + CHECKED_ROWS)
-            part = {**arguments, "query": arguments["query"][b : b + 1, :, rows], "align": start}
-            part |= {name: arguments[name][b : b + 1] for name in ("key", "value")}
-            part["attn_mask"] = rows_of_mask(arguments["attn_mask"], b, rows)
-            if "score_mod" in arguments:
-                part["score_mod"] = shift_queries(arguments["score_mod"], start)
-            result = out[b : b + 1, :, rows]
+    for b, start in places:
+        rows = slice(start, start + CHECKED_ROWS)
+        part = {**arguments, "query": arguments["query"][b : b + 1, :, rows], "align": start}
+        part |= {name: arguments[name][b : b + 1] for name in ("key", "value")}
+        part["attn_mask"] = rows_of_mask(arguments["attn_mask"], b, rows)
+        if "score_mod" in arguments:
+            part["score_mod"] = shift_queries(arguments["score_mod"], start)
+        result = out[b : b + 1, :, rows]
+        with blas.one_blas_thread:  # all workers check at the same time
             assert_attention_close(result, part)
             exact = oracle(**part).out
-            error = max(error, float(np.abs(result.astype(exact.dtype) - exact).max()))
+        error = max(error, float(np.abs(result.astype(exact.dtype) - exact).max()))
     return error
 
 
@@ -175,13 +179,13 @@ class Worker:
         time.sleep(PAUSE_SECONDS)
 
 
-def measure(workload: Workload, with_torch: bool, rounds: int, seconds: float) -> Report:
+def measure(workload: Workload, with_torch: bool, seconds: float) -> Report:
     """Return one row of the report."""
     others = [name for name in workload.others if with_torch or name != "torch"]
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker(workload, name)) for name in ("cupyflash", *others)]
         first = {worker.implementation: worker.read() for worker in workers}
-        for _ in range(rounds):
+        for _ in range(ROUNDS):
             for worker in workers:
                 worker.take_turn(seconds)
     least = {worker.implementation: min(worker.samples) for worker in workers}
@@ -241,6 +245,7 @@ def describe_machine() -> Report:
         "blas": f"{blas_of_numpy['name']} {blas_of_numpy['version']}",
         "blas_threads_set_by": Path(control.library).name if control else None,
         "simd": np.show_config(mode="dicts")["SIMD Extensions"]["found"],  # type: ignore[index, call-overload]
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "torch": importlib.metadata.version("torch") if importlib.util.find_spec("torch") else None,
     }
 
@@ -313,9 +318,7 @@ def main() -> None:
     parser.add_argument("--cases", default="*", metavar="GLOB", help="rows whose name matches")
     parser.add_argument("--quick", action="store_true", help="fewer rows and samples: under a minute")
     parser.add_argument("--no-torch", action="store_true", help="leave PyTorch out")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE.json", help="where the results go; the plot beside it"
-    )
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="where the results go; the plot beside it")
     parser.add_argument("--worker", nargs=2, metavar=("ROW", "IMPLEMENTATION"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
@@ -328,23 +331,25 @@ def main() -> None:
         parser.error(f"--cases {given.cases}: matches none of {[w.name for w in WORKLOADS]}")
     machine = describe_machine()
     with_torch = machine["torch"] is not None and not given.no_torch
-    rounds, seconds = (QUICK_ROUNDS, QUICK_TURN_SECONDS) if given.quick else (ROUNDS, TURN_SECONDS)
+    seconds = QUICK_TURN_SECONDS if given.quick else TURN_SECONDS
     report: Report = {
         "machine": machine,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "benchmarks/bench_cpu.py", *sys.argv[1:]]),
         "commit": git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--", "cupyflash", "benchmarks", ":!benchmarks/results")),
-        "rounds": rounds,
+        "rounds": ROUNDS,
         "turn_seconds": seconds,
         "results": [],
     }
     print(", ".join(f"{name} {value}" for name, value in machine.items() if name != "simd"))
     print("ratio = time of the other / time of cupyflash; least of all samples")
+    if machine["load_average"] and machine["load_average"] > BUSY_LOAD:
+        print(f"the machine is busy (load average {machine['load_average']:.2f}): do not publish these figures")
     with tqdm(chosen, unit="row") as progress:
         for workload in progress:
             progress.set_postfix_str(workload.name)
-            report["results"].append(measure(workload, with_torch, rounds, seconds))
+            report["results"].append(measure(workload, with_torch, seconds))
             progress.write(describe_row(report["results"][-1]))
 
     out = given.out

@@ -1,7 +1,8 @@
 """Scaled-dot-product attention for NumPy and CuPy arrays.
 
-`attention` is the library.  `attention_weights`, `merge_attention`, `dropout_mask` and `flops` go with it, `formulas` derives its
-algorithm step by step, and `register_backend` adds implementations.  `cupyflash.testing` has what its tests compare with.
+`attention` is the library.  `attention_weights`, `merge_attention`, `dropout_mask` and `flops` go with it, `formulas`
+derives its algorithm step by step, and `register_backend` adds implementations.  `cupyflash.testing` has what its tests
+compare with.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from . import formulas
 from .api import attention, attention_weights
 from .backends.registry import backends, register_backend
 from .errors import CupyflashError, Unsupported
+from .flops import flops
 from .merge import merge_attention
 from .problem.philox import dropout_mask
 
@@ -22,6 +24,7 @@ __all__ = [
     "attention_weights",
     "backends",
     "dropout_mask",
+    "flops",
     "formulas",
     "merge_attention",
     "register_backend",

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from .backends.registry import select
+from .problem.checks import check_stage
 from .problem.mods import MaskMod, ScoreMod
-from .problem.normalize import check_stage, normalize, restore
+from .problem.normalize import normalize, restore
 
 __all__ = ["attention", "attention_weights"]
 
@@ -38,8 +39,8 @@ def attention(
 ) -> Any:
     r"""Scaled-dot-product attention: softmax(scale · Q Kᵀ) V, without ever holding the L×S matrix.
 
-    The first eight arguments are those of ``torch.nn.functional.scaled_dot_product_attention``.  The order of operations is
-    fixed::
+    The first eight arguments are those of ``torch.nn.functional.scaled_dot_product_attention``.  The order of
+    operations is fixed::
 
         s = scale · q·kᵀ  →  score_mod  →  softcap · tanh(s / softcap)  →  + float mask, + ALiBi
           →  removal by bool mask, mask_mod, causal, window  →  softmax (sinks in its denominator)  →  dropout  →  · v
@@ -54,8 +55,8 @@ def attention(
     value : array (…, [Hv,] S, Ev)
         In query's dtype; Ev may differ from E.
     attn_mask : array, or tuple (float array, bool array), optional
-        bool: True takes part.  Float (query's dtype or float32): added to the scores; -inf removes.  Broadcasts into the
-        scores' shape (…, [Hq,] L, S), and is never expanded to it.
+        bool: True takes part.  Float (query's dtype or float32): added to the scores; -inf removes.  Broadcasts into
+        the scores' shape (…, [Hq,] L, S), and is never expanded to it.
     dropout_p : float, default 0
         Probability in [0, 1] that a weight is dropped; kept ones are scaled by 1 / (1 - dropout_p).
     is_causal : bool, default False
@@ -66,21 +67,22 @@ def attention(
     window : (left, right), optional
         Query i sees the keys i + shift - left <= j <= i + shift + right.  None or -1 leaves a side unbounded.
     align : {"top_left", "bottom_right"} or int, default "top_left"
-        Which diagonal is the main one: shift = 0, S - L, or the int itself.  Decoding one token against S cached keys with
-        is_causal wants "bottom_right"; with "top_left" it sees key 0 only.
+        Which diagonal is the main one: shift = 0, S - L, or the int itself.  Decoding one token against S cached keys
+        with is_causal wants "bottom_right"; with "top_left" it sees key 0 only.
     softcap : float, default 0 (off)
     alibi_slopes : float32 array (Hq,) or (b, Hq), optional
         Adds -slope · |i + shift - j|.  b counts the flattened batch.
     sinks : array (Hq,), optional
         In query's dtype or float32, natural-log units, not scaled: one more term exp(sink) in each softmax denominator.
     score_mod : callable, optional
-        ``score_mod(score, b, h, q_idx, kv_idx)`` returns new scores.  score is a float array (the accumulation dtype); the
-        coordinates are integer arrays that broadcast to it.  -inf removes.  It is called tile by tile, on several threads.
+        ``score_mod(score, b, h, q_idx, kv_idx)`` returns new scores.  score is a float array (the accumulation dtype);
+        the coordinates are integer arrays that broadcast to it.  -inf removes.  It is called tile by tile, on several
+        threads.
     mask_mod : callable, optional
         ``mask_mod(b, h, q_idx, kv_idx)`` returns a bool array, True where the key takes part.
     seed : int in [0, 2**64) or uint64 array of size 1, optional
-        Seed of dropout.  The mask is a pure function of the seed and the position: see `dropout_mask`.  Without one it is
-        drawn from NumPy's global generator.
+        Seed of dropout.  The mask is a pure function of the seed and the position: see `dropout_mask`.  Without one it
+        is drawn from NumPy's global generator.
     precision : {"ieee", "tf32", "tf32x3"}, default "ieee"
         How float32 products are computed.  No backend has the other two so far.
     return_lse : bool, default False
@@ -90,8 +92,8 @@ def attention(
     out : array (…, [Hq,] L, Ev), optional
         Where to write the output: query's dtype, any strides that do not overlap, no memory shared with an input.
     backend : str, optional
-        Name of a backend, obeyed or refused.  Default: the environment variable CUPYFLASH_BACKEND, else the arrays decide
-        ("numpy" for NumPy arrays).
+        Name of a backend, obeyed or refused.  Default: the environment variable CUPYFLASH_BACKEND, else the arrays
+        decide ("numpy" for NumPy arrays).
 
     Returns
     -------
@@ -123,7 +125,7 @@ def attention(
     >>> import numpy as np
     >>> from cupyflash import attention
     >>> rng = np.random.default_rng(0)
-    >>> query, key, value = rng.standard_normal((3, 2, 8, 1024, 64), dtype=np.float32)  # (batch, heads, length, head dim)
+    >>> query, key, value = rng.standard_normal((3, 2, 8, 1024, 64), dtype=np.float32)  # batch, heads, length, dim
     >>> attention(query, key, value, is_causal=True).shape
     (2, 8, 1024, 64)
 
@@ -135,7 +137,9 @@ def attention(
 
     A score function is plain NumPy:
 
-    >>> out = attention(query, key, value, score_mod=lambda score, b, h, q_idx, kv_idx: score - 0.1 * np.abs(q_idx - kv_idx))
+    >>> def decay(score, b, h, q_idx, kv_idx):
+    ...     return score - 0.1 * np.abs(q_idx - kv_idx)
+    >>> out = attention(query, key, value, score_mod=decay)
     """
     problem, buffers = normalize(
         query,
@@ -196,8 +200,8 @@ def attention_weights(
     Returns
     -------
     array (…, [Hq,] L, S)
-        "softmax" in query's dtype.  The other stages in the accumulation dtype, float32 (float64 for float64), since scores of
-        float16 inputs may exceed its range.
+        "softmax" in query's dtype.  The other stages in the accumulation dtype, float32 (float64 for float64), since
+        scores of float16 inputs may exceed its range.
 
     Raises
     ------

@@ -1,16 +1,16 @@
-"""From attention as it was written down to FlashAttention, one small function per step, each equal to the next.
+"""From the definition of attention to FlashAttention, one small function per step, each equal to the next.
 
-    function                    passes over a row's scores    extra memory     what is new
-    original_attention          –                             L·S              the definition
-    safe_softmax_attention      3 (max, sum, weights)         L·S              no overflow
-    online_softmax_attention    2 (max and sum, weights)      L·S              the sum is rescaled when the max grows
-    multi_pass_attention        2 (max and sum, output)       S                weights are used up as they are made
-    flash_attention_rows        1 (max, sum and output)       Ev               the output is rescaled, too
-    flash_attention_tiles       1, in tiles                   a few tiles      matrix products; one division at the end
+    function                   passes over a row's scores  extra memory  what is new
+    original_attention         –                           L·S           the definition
+    safe_softmax_attention     3: max, sum, weights        L·S           no overflow
+    online_softmax_attention   2: max and sum, weights     L·S           a growing max rescales the sum
+    multi_pass_attention       2: max and sum, output      S             no matrix of weights
+    flash_attention_rows       1: max, sum and output      Ev            and the output, too
+    flash_attention_tiles      1, tile by tile             a few tiles   matrix products, division at the end
 
-All take one head: query (L, E), key (S, E) and value (S, Ev), float32 or float64, S ≥ 1, and return the output (L, Ev);
-the last returns the log-sum-exp of each row, too.  They are written to be read.  Each loop over rows, keys or tiles is
-a loop that some processor runs, but in Python it is slow: call `cupyflash.attention` for work.
+All take one head: query (L, E), key (S, E) and value (S, Ev), float32 or float64, S ≥ 1, and return the
+output (L, Ev); the last returns the log-sum-exp of each row, too.  They are written to be read: their loops
+over rows, keys and tiles are those of the algorithms, and slow in Python.  `cupyflash.attention` is for work.
 
 In the formulas i is a query, j a key, q_i, k_j, v_j are rows, x_ij = scale · q_i · k_j is a score.
 """
@@ -70,8 +70,8 @@ def safe_softmax_attention(query: Array, key: Array, value: Array, scale: float 
 
         O = P V
 
-    Computes: two exponentials per score.  Memory: the weights, L·S, and one row of scores; each pass reads that row
-    again.  No finite score overflows; what underflows is negligible beside the max's own weight.
+    Computes: two exponentials per score.  Memory: the weights, L·S, and one row of scores; each pass reads
+    that row again.  No finite score overflows; what underflows is negligible beside the max's own weight.
 
     Reference: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), algorithm 2.
 
@@ -107,7 +107,8 @@ def online_softmax_attention(query: Array, key: Array, value: Array, scale: floa
 
         O = P V
 
-    By induction l_j = Σ_(n≤j) exp(x_in − m_j): the factor exp(m_(j−1) − m_j) replaces the old max in each term.
+    By induction l_j = Σ_(n≤j) exp(x_in − m_j): the factor exp(m_(j−1) − m_j) replaces the old max in each
+    term.
 
     Computes: one more exponential per score, one pass less.  Memory: the weights, L·S, and one row of scores.
 
@@ -138,8 +139,8 @@ def multi_pass_attention(query: Array, key: Array, value: Array, scale: float | 
     Computes: as before.  Memory: one row of scores, S; with the scores computed again in pass 2, nothing.  So
     attention needs no L·S memory.
 
-    References: Rabe and Staats, "Self-attention does not need O(n²) memory" (2021), section 2; Ye, "From online
-    softmax to FlashAttention" (2023), section 4, "multi-pass self-attention".
+    References: Rabe and Staats, "Self-attention does not need O(n²) memory" (2021); Ye, "From Online Softmax
+    to FlashAttention" (2023), "multi-pass self-attention".
 
     >>> query, key, value = np.eye(2), np.eye(3, 2), np.array([[1.0], [2.0], [4.0]])
     >>> multi_pass_attention(query, key, value, scale=1.0).round(3)
@@ -157,18 +158,20 @@ def multi_pass_attention(query: Array, key: Array, value: Array, scale: float | 
 
 
 def flash_attention_rows(query: Array, key: Array, value: Array, scale: float | None = None) -> Array:
-    """The output is treated as the sum was: when max or sum change, it is brought to the new ones.  One pass::
+    """The output is rescaled as the sum was, whenever max or sum change, so that one pass is enough::
 
         m_j = max(m_(j−1), x_ij)
         l_j = l_(j−1) · exp(m_(j−1) − m_j) + exp(x_ij − m_j)
         o_j = o_(j−1) · (l_(j−1) · exp(m_(j−1) − m_j) / l_j) + exp(x_ij − m_j) / l_j · v_j
 
-    By induction o_j = Σ_(n≤j) exp(x_in − m_j) / l_j · v_n: after each key it is the attention to the keys so far.
+    By induction o_j = Σ_(n≤j) exp(x_in − m_j) / l_j · v_n: after each key it is the attention to the keys so
+    far.
 
-    Computes: Ev more products per score.  Memory: per row one output, one max and one sum; no score is needed twice.
+    Computes: Ev more products per score.  Memory: per row one output, one max and one sum; no score is needed
+    twice.
 
     References: Dao, Fu, Ermon, Rudra and Ré, "FlashAttention: fast and memory-efficient exact attention with
-    IO-awareness" (2022), section 3.1; Ye, "From online softmax to FlashAttention" (2023), section 5.
+    IO-awareness" (2022), section 3.1; Ye, "From Online Softmax to FlashAttention" (2023).
 
     >>> query, key, value = np.eye(2), np.eye(3, 2), np.array([[1.0], [2.0], [4.0]])
     >>> flash_attention_rows(query, key, value, scale=1.0).round(3)
@@ -213,12 +216,12 @@ def flash_attention_tiles(
 
         O = O_j / l_j,    lse = m_j + log(l_j)
 
-    O_j is `flash_attention_rows`'s output times l_j, which spares a division per tile.  The sums Q K_jᵀ and P_j V_j
-    are matrix products, for which the machine has its fastest units.  lse = log Σ_j exp(x_ij) is all that the backward
-    pass, or a merge with other keys, must know of a row.
+    O_j is `flash_attention_rows`'s output times l_j, which spares a division per tile.  The sums Q K_jᵀ and
+    P_j V_j are matrix products, for which the machine has its fastest units.  lse = log Σ_j exp(x_ij) is all
+    that the backward pass, or a merge with other keys, must know of a row.
 
-    Computes: 2·L·S·(E + Ev) operations in matrix products, L·S exponentials, L·S/block_n rescalings.  Memory: one tile
-    of scores and one of the output, whatever L and S.  The last tiles may be smaller.
+    Computes: 2·L·S·(E + Ev) operations in matrix products, L·S exponentials, L·S/block_n rescalings.  Memory:
+    one tile of scores and one of the output, whatever L and S.  The last tiles may be smaller.
 
     Reference: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning" (2023),
     algorithm 1.
@@ -275,7 +278,7 @@ def _check(query: Array, key: Array, value: Array, scale: float | None) -> float
     if key.shape[1] != query.shape[1]:
         raise ValueError(f"key must have query's head dim {query.shape[1]}, but had shape {key.shape}")
     if len(key) == 0 or len(value) != len(key):
-        raise ValueError(f"key and value must have one length ≥ 1, but had shapes {key.shape} and {value.shape}")
+        raise ValueError(f"key and value must have the same length ≥ 1, but had shapes {key.shape} and {value.shape}")
     if scale is not None:
-        return scale
+        return float(scale)  # a NumPy scalar would widen float32
     return 1 / math.sqrt(query.shape[1]) if query.shape[1] else 1.0

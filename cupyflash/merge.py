@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from .problem.checks import library_of
 from .problem.dtypes import DTYPES
-from .problem.normalize import library_of
 
 __all__ = ["merge_attention"]
 

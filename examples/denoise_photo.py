@@ -11,7 +11,7 @@ The softmax of a row does not change when a constant is added to the row, so −
     q_i = [2 p_i / h², 1],      k_j = [p_j, −|p_j|² / h²],      v_j = pixel_j,      scale = 1
 
 and the whole filter is `cupyflash.attention(q, k, v, scale=1)`.  Every pixel looks at every other one:
-160 × 160 pixels are a sequence of 25,600 tokens.  Their matrix of weights would take 2.4 GiB; it is never made.
+160 × 160 pixels are a sequence of 25,600 tokens.  Their weights would take 2.4 GiB; they are never stored.
 
 Run it:  python examples/denoise_photo.py [photo] [--size 160] [--sigma 0.1] [--seed 0]
 """
@@ -59,9 +59,7 @@ def load_photo(path: str | None, size: int) -> Array:
     photo = np.broadcast_to(photo, (*photo.shape[:2], 3)) if photo.shape[2] == 1 else photo[..., :3]
     height, width = photo.shape[:2]
     if not 1 <= size <= min(height, width):
-        raise SystemExit(
-            f"--size {size}: the photo is {height} × {width}, expected 1 to {min(height, width)}"
-        )
+        raise SystemExit(f"--size {size}: the photo is {height} × {width}, expected 1 to {min(height, width)}")
     top = min(max(height // 3 - size // 2, 0), height - size)
     left = (width - size) // 2
     return photo[top : top + size, left : left + size]
@@ -109,7 +107,7 @@ def psnr(image: Array, clean: Array) -> float:
 
 def save_figure(panels: dict[str, Array], path: Path) -> None:
     """Write the images side by side as a PNG."""
-    figure = Figure(figsize=(4 * len(panels), 4.25), dpi=150, layout="constrained")
+    figure = Figure(figsize=(4 * len(panels), 4.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (title, image) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         axes.imshow(image.clip(0, 1), interpolation="nearest")

@@ -130,9 +130,7 @@ TILES = {
             for n, m in ((255, 257), (257, 511), (512, 512), (513, 255), (511, 1025), (1023, 513))
         ),
     ),
-    **numbered(
-        "dense", (((n, m), single(n, m, 8)) for n, m in ((256, 1024), (513, 513), (3, 1537), (1025, 3)))
-    ),
+    **numbered("dense", (((n, m), single(n, m, 8)) for n, m in ((256, 1024), (513, 513), (3, 1537), (1025, 3)))),
     **numbered(
         "masked",
         (
@@ -140,12 +138,8 @@ TILES = {
             for n, m in ((257, 513), (511, 1023))
         ),
     ),
-    "left-padding-hides-whole-tiles": single(
-        40, 1700, 8, masks=(MaskSpec("bool", (1700,), values="left_padding"),)
-    ),
-    "right-padding-hides-whole-tiles": single(
-        40, 1700, 8, masks=(MaskSpec("bool", (1700,), values="padding"),)
-    ),
+    "left-padding-hides-whole-tiles": single(40, 1700, 8, masks=(MaskSpec("bool", (1700,), values="left_padding"),)),
+    "right-padding-hides-whole-tiles": single(40, 1700, 8, masks=(MaskSpec("bool", (1700,), values="padding"),)),
     "window-leaves-whole-tiles": single(1300, 1300, 8, window=(100, 50)),
     "window-far-from-the-diagonal": single(600, 1500, 8, window=(-1, 0), align=700),
     "rows-that-see-nothing-beside-rows-that-do": single(700, 700, 8, is_causal=True, align=-300),
@@ -385,13 +379,17 @@ MASKS = (
     }
     | {
         f"{dtype}-{values}": heads(
-            2, 3, 6, 9, dtype=of, masks=(MaskSpec(dtype, (2, 3, 6, 9), values=values),), **arguments
+            2,
+            3,
+            6,
+            9,
+            dtype=of,
+            masks=(MaskSpec(dtype, (2, 3, 6, 9), values=values),),
+            return_weights=True,
+            **arguments,
         )
         for dtype, values, of, arguments in (
-            *(
-                (("bool", values, "float32", {}))
-                for values in ("padding", "left_padding", "dead_rows", "all", "none")
-            ),
+            *((("bool", values, "float32", {})) for values in ("padding", "left_padding", "dead_rows", "all", "none")),
             *((("float32", values, "float32", {})) for values in ("finite", "large", "minimum", "dead_rows")),
         )
     }
@@ -408,15 +406,9 @@ MASKS = (
         "float-dead-rows-with-sinks": heads(
             2, 3, 6, 9, masks=(MaskSpec("float32", (6, 9), values="dead_rows"),), sinks=SinkSpec(holes=True)
         ),
-        "dead-rows-over-tiles": single(
-            300, 1100, 8, masks=(MaskSpec("bool", (300, 1100), values="dead_rows"),)
-        ),
-        "lowest-float-over-tiles": single(
-            300, 1100, 8, masks=(MaskSpec("float32", (300, 1100), values="minimum"),)
-        ),
-        "tuple-of-both": heads(
-            2, 3, 6, 9, masks=(MaskSpec("float32", (3, 6, 9)), MaskSpec("bool", (2, 1, 1, 9)))
-        ),
+        "dead-rows-over-tiles": single(300, 1100, 8, masks=(MaskSpec("bool", (300, 1100), values="dead_rows"),)),
+        "lowest-float-over-tiles": single(300, 1100, 8, masks=(MaskSpec("float32", (300, 1100), values="minimum"),)),
+        "tuple-of-both": heads(2, 3, 6, 9, masks=(MaskSpec("float32", (3, 6, 9)), MaskSpec("bool", (2, 1, 1, 9)))),
         "tuple-with-minus-infinities": heads(
             2,
             3,
@@ -472,9 +464,7 @@ BANDS = {
 
 SCORE_ARGUMENTS = {
     **numbered("scale", ((x, heads(1, 2, 6, 9, scale=x)) for x in (0, 0.0, 1, -0.7, 2, 1e-3))),
-    **numbered(
-        "softcap", ((x, heads(1, 2, 6, 9, softcap=x, magnitude=4.0)) for x in (None, 0, 0.5, 5, 50.0))
-    ),
+    **numbered("softcap", ((x, heads(1, 2, 6, 9, softcap=x, magnitude=4.0)) for x in (None, 0, 0.5, 5, 50.0))),
     "softcap-with-removal": heads(1, 2, 6, 9, softcap=2.0, score_mod="remove_far", return_weights=True),
     "softcap-before-float-mask": heads(1, 2, 6, 9, softcap=1.0, masks=(MaskSpec("float32", (6, 9)),)),
     "softcap-before-alibi": heads(1, 2, 6, 9, softcap=1.0, alibi_shape=(2,), alibi_factor=5.0),
@@ -503,9 +493,7 @@ SCORE_ARGUMENTS = {
     ),
     "mods-ignore-align": heads(1, 2, 6, 9, score_mod="distance", mask_mod="prefix", align=3, window=(4, 4)),
     "score-mod-over-tiles": heads(1, 2, 300, 1100, 8, score_mod="look_up"),
-    "mods-over-tiles-causal": heads(
-        1, 2, 600, 1100, 8, score_mod="remove_far", mask_mod="document", is_causal=True
-    ),
+    "mods-over-tiles-causal": heads(1, 2, 600, 1100, 8, score_mod="remove_far", mask_mod="document", is_causal=True),
     "score-mod-2-D": shapes((6, 8), (9, 8), (9, 8), score_mod="per_head", mask_mod="checkers"),
 }
 

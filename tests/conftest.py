@@ -31,18 +31,14 @@ class Require(Protocol):
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("cupyflash")
     for name in REQUIREMENTS:
-        group.addoption(
-            f"--require-{name}", action="store_true", help=f"fail instead of skipping where {name} lacks"
-        )
+        group.addoption(f"--require-{name}", action="store_true", help=f"fail instead of skipping where {name} lacks")
 
 
 def required_names(config: pytest.Config) -> Collection[str]:
     """What may not lack in this run: the options, and the comma-separated CUPYFLASH_REQUIRE."""
     named = {name.strip() for name in os.environ.get("CUPYFLASH_REQUIRE", "").split(",") if name.strip()}
     if unknown := named.difference(REQUIREMENTS):
-        raise pytest.UsageError(
-            f"CUPYFLASH_REQUIRE names {sorted(unknown)}; expected some of {list(REQUIREMENTS)}"
-        )
+        raise pytest.UsageError(f"CUPYFLASH_REQUIRE names {sorted(unknown)}; expected some of {list(REQUIREMENTS)}")
     return named.union(name for name in REQUIREMENTS if config.getoption(f"--require-{name}"))
 
 

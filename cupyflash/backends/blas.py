@@ -4,8 +4,8 @@ The tiled backend runs one tile per thread, so BLAS must not start threads of it
 thread each are 1.4 times as fast as one Python thread with two BLAS threads, and both together are slowest of all.
 The setting belongs to the process, so it is counted: the first call in sets one thread, the last one out restores.
 
-OpenBLAS, which NumPy's wheels carry, is set through its own symbols: 0.7 µs, where a general thread-pool controller takes
-800.  With another BLAS nothing is set, and the tiled backend leaves the threads to it.
+OpenBLAS, which NumPy's wheels carry, is set through its own symbols: 0.7 µs, where a general thread-pool controller
+takes 800.  With another BLAS nothing is set, and the tiled backend leaves the threads to it.
 """
 
 from __future__ import annotations

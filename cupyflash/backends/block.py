@@ -1,7 +1,7 @@
 """One block of rows over all its keys: FlashAttention-2's forward pass (Dao 2023, Algorithm 1) on BLAS.
 
-The rows of the query heads that share a key head are folded into one matrix.  It walks over the keys in tiles and keeps,
-per row, a shift m, the sum l and the output so far::
+The rows of the query heads that share a key head are folded into one matrix.  It walks over the keys in tiles and
+keeps, per row, a shift m, the sum l and the output so far::
 
             keys  →                         per tile     S = Q Kᵀ  (+ mods, bias)
           ┌──────┬──────┬──────┐                         P = keep · exp(S − m)
@@ -10,20 +10,20 @@ per row, a shift m, the sum l and the output so far::
 
 Any shift gives the same quotient as long as no exponential leaves the range of the type, and the row maximum, which the
 textbook takes afresh on every tile, is only the safest choice.  So the *fast pass* is frugal: it starts without a shift
-where norms bound all scores, else with the maximum of the first tile, removed scores included, and takes a fresh maximum
-only where a tile's sums say that the old one was too small.  Removed scores are multiplied by zero afterwards.
-The result is its own certificate: 2^-64 <= l and O finite.  Where a row fails it (rows without keys, NaN or inf behind a
-mask, huge scores that were removed), the block runs again as the *exact pass*: removed scores are set to -inf, and every
-tile takes the true maximum.
+where norms bound all scores, else with the maximum of the first tile, and takes a fresh maximum only where a tile's
+sums say that the old one was too small.  Removed scores are multiplied by zero; where a maximum is taken the least
+finite number is added to them first.  The result is its own certificate: every row's sum is about 1 or more, or exactly
+0 if no key was seen, and nothing is inf or NaN.  A block that fails it (NaN or inf behind a mask, or anywhere else)
+runs again as the *exact pass*: removed scores are set to -inf whatever they were, and every tile takes its maximum.
 
-What a tile costs, in ns per score at E = Ev = 64 on one AVX-512 core: products 2.3, exp 0.46, maximum 0.19, subtract 0.18,
-multiply by a mask 0.2, row sum as a product with ones 0.06 (by `sum` 0.20), `where=` writes 1-3 (exact pass only).
+What a tile costs, in ns per score at E = Ev = 64 on one AVX-512 core: products 2.3, exp 0.46, maximum 0.19, subtract
+0.18, multiply by a mask 0.2, row sum as a product with ones 0.06 (by `sum` 0.20), `where=` writes 1-3 (exact pass
+only).
 """
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -32,40 +32,28 @@ import numpy as np
 
 from ..problem.masks import Band
 from ..problem.mods import Coordinates, add_alibi, apply_mask_mod, apply_score_mod, cap_scores
-from ..problem.normalize import Buffers, Problem
 from ..problem.philox import keep_tile
+from ..problem.problem import Buffers, Problem
+from .scratch import Scratch, widen
+from .slices import Slice
 
-__all__ = ["Block", "Slice", "Tiling"]
+__all__ = ["FEW_ROWS", "Block", "Tiling"]
 
 _LOG2_E = math.log2(math.e)
-# A row's sum below the first is redone exactly; a tile's sum above the second makes the fast pass take a new maximum.
-_SUM_TOO_SMALL, _SUM_TOO_LARGE = 2.0**-64, 2.0**40
-# Scores within these bounds need no shift: their exponentials lie between 2^-29 and 2^29.
+# A tile with a larger sum makes the fast pass take a new maximum: scores are then at most 14 above the old one, and
+# subtracting it costs no more accuracy than the scores have.
+_SUM_TOO_LARGE = 2.0**20
+# Scores within ±20 need no shift: their exponentials lie between 2^-29 and 2^29.
 _SCORE_BOUND = 20.0
+# The least sum of a row with keys, when the shift is its maximum (rounded) and when it is 0.
+_LEAST_SUM, _LEAST_BOUNDED_SUM = 0.5, 2.0**-30
+_LEAST = {np.dtype(dtype): np.finfo(dtype).min for dtype in (np.float32, np.float64)}
+# Blocks with no more rows are bound by reading keys and values.
+FEW_ROWS = 32
 # Blocks with fewer scores than this don't gain from looking at norms.
 _SCORES_WORTH_NORMS = 2**16
 # np.exp2 beats np.exp where NumPy has it in AVX-512, except on denormal results, which bounded scores don't have.
 _HAS_FAST_EXP2 = bool(np._core._multiarray_umath.__cpu_features__.get("AVX512_SKX"))  # type: ignore[attr-defined]
-
-
-class Slice(NamedTuple):
-    """Views of a call in which every unit has one key head and one value head.
-
-    All arrays have the same leading axes, `lead_shape`, the last of which counts units.  Usually it is the only one: batch
-    axes join it where the strides of all arrays allow.  Axes of masks have length 1 where they broadcast.
-    """
-
-    lead_shape: tuple[int, ...]
-    period: int  # unit n, in C order over lead_shape, starts at entry n·period + first_head of b·Hq + h
-    first_head: int
-    query: Any  # (*lead, G, L, E)
-    key: Any  # (*lead, S, E)
-    value: Any  # (*lead, S, Ev)
-    float_mask: Any  # (*lead, G, L, S) or None
-    bool_mask: Any
-    out: Any  # (*lead, G, L, Ev)
-    lse: Any  # (*lead, G, L) or None
-    weights: Any  # (*lead, G, L, S) or None
 
 
 class Tiling(NamedTuple):
@@ -76,6 +64,7 @@ class Tiling(NamedTuple):
     keys: int  # of a tile
     batch_keys: int  # of the tiles that are multiplied in one batch: a multiple of `keys`
     threads: int
+    guards_blas: bool  # products are large enough for BLAS to start threads of its own
     longest_first: bool  # later rows see more keys
 
 
@@ -90,7 +79,8 @@ class _Tile(NamedTuple):
 class Block:
     """The rows [first_row, first_row + tiling.rows) of the units [first_unit, first_unit + tiling.units) of a slice.
 
-    Tiles of scores have the shape (units, runs, G·rows, keys), or (units, runs, G, rows, keys) where coordinates matter.
+    Tiles of scores have the shape (units, runs, G·rows, keys), or (units, runs, G, rows, keys) where coordinates
+    matter.
     """
 
     def __init__(
@@ -108,9 +98,11 @@ class Block:
         units, rows = slice(first_unit, first_unit + tiling.units), slice(self.row_start, self.row_stop)
         self.query = part.query[(*outer, units, slice(None), rows)]
         self.key, self.value = part.key[(*outer, units)], part.value[(*outer, units)]
+        self.packs_key, self.packs_value = part.packs_key, part.packs_value
+        self.key_norms, self.units_id = part.key_norms, (*outer, first_unit)
         self.out = part.out[(*outer, units, slice(None), rows)]
         self.lse = None if part.lse is None else part.lse[(*outer, units, slice(None), rows)]
-        self.weights = None if part.weights is None else part.weights[(*outer, units, slice(None), rows)]
+        self.weights: Any = None if part.weights is None else part.weights[(*outer, units, slice(None), rows)]
         self.float_mask = _mask_block(part.float_mask, outer, units, rows)
         self.bool_mask = _mask_block(part.bool_mask, outer, units, rows)
 
@@ -118,7 +110,12 @@ class Block:
         self.units, self.group, self.rows, _ = self.query.shape
         self.folded = self.group * self.rows
         self.has_mods = problem.has_score_mod or problem.has_alibi or problem.softcap or self.float_mask is not None
-        self.heads = None  # b·Hq + h, (units, G)
+        self.looks_at_norms = (
+            not self.has_mods
+            and self.folded > FEW_ROWS
+            and self.units * self.folded * problem.seqlen_k >= _SCORES_WORTH_NORMS
+        )
+        self.heads: Any = None  # b·Hq + h, (units, G)
         if problem.has_score_mod or problem.has_mask_mod or problem.has_alibi or problem.has_sinks or problem.dropout_p:
             unit = np.arange(first_unit, first_unit + self.units)
             for axis, index in enumerate(outer):
@@ -128,44 +125,55 @@ class Block:
     def run(self) -> None:
         """Fill the block's part of out, lse and weights."""
         stage = self.problem.weights_stage
-        with _Scratch() as self.scratch:
+        self.scratch = Scratch.borrow()
+        try:
             if stage in (None, "softmax", "dropout") and not self._attend(exact=False):
                 self._attend(exact=True)
             if stage is not None:
                 self._write_weights(stage)
+        finally:
+            self.scratch.give_back()
 
     # --- the walk --------------------------------------------------------------------------------------------------
 
     def _attend(self, exact: bool) -> bool:
-        """Walk over the keys; write out and lse.  Returns False, with nothing written, if the fast pass has no certificate."""
+        """Walk over the keys and write out and lse; or return False, if the fast pass has no certificate."""
         column = (self.units, self.folded, 1)
         shift, row_sum = self.scratch("shift", column, self.dtype), self.scratch("row_sum", column, self.dtype)
         output = self.scratch("output", (self.units, self.folded, self.value.shape[-1]), self.dtype)
         start, stop = self.problem.band.key_range(self.row_start, self.row_stop, self.problem.seqlen_k)
 
-        bounded = not (exact or self.has_mods) and self.units * self.folded * (stop - start) >= _SCORES_WORTH_NORMS
-        query = self._scaled_query(_LOG2_E if bounded and _HAS_FAST_EXP2 else 1.0)
-        query_norm = _largest_norm(query) / (_LOG2_E if _HAS_FAST_EXP2 else 1.0) if bounded else 0.0
-        exp = np.exp2 if bounded and _HAS_FAST_EXP2 else np.exp
-        shift.fill(0)
+        bounded = began_bounded = self.looks_at_norms and not exact
+        unit = _LOG2_E if bounded and _HAS_FAST_EXP2 else 1.0
+        query, exp = self._scaled_query(unit), np.exp if unit == 1 else np.exp2
+        if bounded:
+            query_norm = _largest_norm(query) / unit
+            shift.fill(0)
 
         is_first = True
+        is_exact = exact or not self.has_mods  # nothing was done that the exact pass would not do
         for tile, keeps in self._tiles(start, stop):
             key, value = self._packed("key", self.key, tile), self._packed("value", self.value, tile)
-            if bounded and not query_norm * _largest_norm(key) <= _SCORE_BOUND:
+            if bounded and not query_norm * self._key_norm(key, tile) <= _SCORE_BOUND:
                 bounded, query, exp = False, self._scaled_query(1.0), np.exp
             takes_maximum = exact or (is_first and not bounded)
+            is_exact = is_exact and (exact or (takes_maximum and not keeps))
             while True:
                 scores = self._scores(query, key, tile, keeps if exact else None)
+                removals = () if exact else keeps
                 if takes_maximum:
+                    for keep in removals:
+                        by_head = self._by_head(scores)
+                        by_head += _bias(keep, self.dtype)
                     self._raise_shift(scores, shift, row_sum, output, is_first)
+                    if removals and np.minimum.reduce(shift, axis=None) > _LEAST[self.dtype]:
+                        removals = ()  # every row has a key, beside which removed ones are 0 already
                 if not bounded:
                     scores -= shift[:, None]
                 exp(scores, out=scores)
-                if not exact:
-                    for keep in keeps:
-                        by_head = self._by_head(scores)
-                        np.multiply(by_head, keep, out=by_head)
+                for keep in removals:
+                    by_head = self._by_head(scores)
+                    by_head *= keep
                 sums = self._row_sums(scores)
                 if bounded or takes_maximum or sums.max() < _SUM_TOO_LARGE:
                     break
@@ -176,20 +184,26 @@ class Block:
             is_first = False
 
         if is_first:  # no key takes part
-            shift.fill(np.finfo(self.dtype).min)
             row_sum.fill(0)
             output.fill(0)
-        elif not exact and not (row_sum.min() >= _SUM_TOO_SMALL and self._is_finite(output)):
-            return False
+        elif not is_exact:
+            least_sum = _LEAST_BOUNDED_SUM if began_bounded else _LEAST_SUM
+            if not np.minimum.reduce(row_sum, axis=None) >= least_sum:
+                is_empty = (row_sum == 0) & (bounded | (shift == _LEAST[self.dtype]))
+                if not np.all(is_empty | (row_sum >= least_sum)):
+                    return False
+            if not _is_finite(output):
+                return False
         self._finish(shift, row_sum, output)
         return True
 
     def _raise_shift(self, scores: Any, shift: Any, row_sum: Any, output: Any, is_first: bool) -> None:
         """Raise each row's shift to the maximum of the tile, and rescale what was summed with the old one."""
-        largest = np.maximum.reduce(scores, axis=3, keepdims=True)
+        # A row of -inf gets the least finite number: exp(-inf - m) must stay 0.
+        largest = np.maximum.reduce(scores, axis=3, keepdims=True, initial=_LEAST[self.dtype])
         largest = largest[:, 0] if scores.shape[1] == 1 else largest.max(axis=1)
-        if is_first:  # a row of -inf gets the least finite number: exp(-inf - m) must stay 0
-            np.maximum(largest, np.finfo(self.dtype).min, out=shift)
+        if is_first:
+            shift[...] = largest
             return
         np.maximum(largest, shift, out=largest)
         rescale = np.exp(shift - largest)
@@ -197,17 +211,12 @@ class Block:
         output *= rescale
         shift[...] = largest
 
-    def _is_finite(self, array: Any) -> bool:
-        """True if nothing is inf or NaN.  0·x is 0 for finite x only, and a dot product is the quickest way to look."""
-        zeros = self.scratch("zeros", (array.size,), self.dtype)
-        zeros.fill(0)
-        return bool(np.dot(array.reshape(-1), zeros) == 0)
-
     def _row_sums(self, scores: Any) -> Any:
         units, runs, folded, keys = scores.shape
-        ones = self.scratch("ones", (keys, 1), self.dtype)
-        ones.fill(1)
-        sums = np.matmul(scores, ones, out=self.scratch("sums", (units, runs, folded, 1), self.dtype))
+        if folded <= FEW_ROWS:
+            return np.add.reduce(scores, axis=(1, 3))[..., None]
+        sums = self.scratch("sums", (units, runs, folded, 1), self.dtype)
+        np.matmul(scores, _ones(keys, self.dtype), out=sums)
         return sums[:, 0] if runs == 1 else sums.sum(axis=1)
 
     def _accumulate(self, weights: Any, sums: Any, value: Any, row_sum: Any, output: Any, is_first: bool) -> None:
@@ -227,6 +236,10 @@ class Block:
 
     def _finish(self, shift: Any, row_sum: Any, output: Any) -> None:
         problem = self.problem
+        has_empty = not np.minimum.reduce(row_sum, axis=None) > 0  # or NaN
+        if has_empty:
+            empty = row_sum == 0
+            shift[empty] = _LEAST[self.dtype]
         if self.buffers.sinks is not None:
             sinks = self.buffers.sinks[self.heads % problem.num_heads_q].astype(self.dtype)
             sinks = np.repeat(sinks.reshape(self.units, self.group), self.rows, axis=1)[..., None]
@@ -236,18 +249,17 @@ class Block:
             row_sum *= rescale
             row_sum += np.exp(sinks - largest)
             shift[...] = largest
-        if self.lse is not None or problem.weights_stage is not None:
-            self.row_lse = shift + np.log(row_sum)
-            if self.lse is not None:
-                self.lse[...] = self.row_lse.reshape(self.lse.shape)
+        if self.lse is not None:
+            self.lse[...] = (shift + np.log(row_sum)).reshape(self.lse.shape)
         if 0 < problem.dropout_p < 1:
             row_sum *= 1 - problem.dropout_p
-        empty = row_sum == 0
-        if empty.any():
-            row_sum[empty] = 1
+        if has_empty:
+            row_sum[row_sum == 0] = 1
             output[empty[..., 0]] = 0
-        by_head = (self.units, self.group, self.rows, -1)
-        np.divide(output.reshape(self.out.shape), row_sum.reshape(by_head), out=self.out, casting="unsafe")
+        by_head = row_sum.reshape(self.units, self.group, self.rows, 1)
+        np.divide(output.reshape(self.out.shape), by_head, out=self.out, casting="unsafe")
+        if self.weights is not None:
+            self.shift, self.divisor = shift[:, None], row_sum[:, None]
 
     def _write_weights(self, stage: str) -> None:
         """Compute the scores once more, tile by tile, and write them as they are after `stage`."""
@@ -259,11 +271,11 @@ class Block:
         for tile, keeps in self._tiles(start, stop, stage):
             scores = self._scores(query, self._packed("key", self.key, tile), tile, keeps, stage)
             if stage in ("softmax", "dropout"):
-                scores -= np.where(np.isneginf(self.row_lse), 0, self.row_lse)[:, None]
+                scores -= self.shift
                 np.exp(scores, out=scores)
+                scores /= self.divisor
             if stage == "dropout" and problem.dropout_p:
                 self._drop(scores, tile)
-                scores *= 0.0 if problem.dropout_p == 1 else 1 / (1 - problem.dropout_p)
             target = self.weights[..., tile.start : tile.stop]
             target = target.reshape(*target.shape[:3], tile.runs, -1).transpose(0, 3, 1, 2, 4)
             np.copyto(target, self._by_head(scores), casting="unsafe")
@@ -271,14 +283,15 @@ class Block:
     # --- one tile --------------------------------------------------------------------------------------------------
 
     def _tiles(self, start: int, stop: int, stage: str = "biased") -> Iterator[tuple[_Tile, tuple[Any, ...]]]:
-        """The tiles of keys [start, stop), each with what its mask keeps; tiles of which nothing is kept are left out."""
+        """The tiles of keys [start, stop) of which something is kept, each with what its masks keep."""
         keys, batch_keys = self.tiling.keys, self.tiling.batch_keys
         is_masked = stage not in ("raw", "modded", "capped")
         for first in range(start, stop, batch_keys):
             last = min(first + batch_keys, stop)
             whole = first + (last - first) // keys * keys
-            for tile in (_Tile(first, whole, (whole - first) // keys), _Tile(whole, last, 1)):
-                if tile.start < tile.stop:
+            for begin, end in ((first, whole), (whole, last)):
+                if begin < end:
+                    tile = _Tile(begin, end, max(1, (end - begin) // keys))
                     keeps = self._keeps(tile) if is_masked else ()
                     if keeps is not None:
                         yield tile, keeps
@@ -305,16 +318,13 @@ class Block:
                 keeps.append(keep)
         return tuple(keeps)
 
-    def _scores(
-        self, query: Any, key: Any, tile: _Tile, keeps: tuple[Any, ...] | None, stage: str = "biased"
-    ) -> Any:
+    def _scores(self, query: Any, key: Any, tile: _Tile, keeps: tuple[Any, ...] | None, stage: str = "biased") -> Any:
         """Scores of a tile after `stage`.  With `keeps`, removed ones are -inf whatever they were; None leaves them."""
         problem, buffers = self.problem, self.buffers
         scores = self.scratch("scores", (self.units, tile.runs, self.folded, key.shape[2]), self.dtype)
         np.matmul(query[:, None], key.swapaxes(2, 3), out=scores)
-        by_head = self._by_head(scores)
         if self.has_mods and stage != "raw":
-            at = self._coordinates(tile)
+            by_head, at = self._by_head(scores), self._coordinates(tile)
             if buffers.score_mod is not None:
                 apply_score_mod(buffers.score_mod, by_head, at, np)
             if problem.softcap and stage != "modded":
@@ -324,7 +334,7 @@ class Block:
                 if removed is not None:
                     np.copyto(by_head, -math.inf, where=removed)
         for keep in keeps or ():
-            np.copyto(by_head, -math.inf, where=~keep)
+            np.copyto(self._by_head(scores), -math.inf, where=~keep)
         return scores
 
     def _add_bias(self, scores: Any, at: Coordinates, tile: _Tile, exact: bool) -> Any:
@@ -338,7 +348,8 @@ class Block:
         if buffers.alibi_slopes is not None:
             slopes = buffers.alibi_slopes
             slopes = slopes[at.b if slopes.shape[0] > 1 else 0, at.h]
-            add_alibi(scores, slopes, at.q_idx, at.kv_idx, self.problem.shift, np)
+            problem = self.problem
+            add_alibi(scores, slopes, at.q_idx, at.kv_idx, problem.shift, problem.last_position, np)
         return removed
 
     def _drop(self, weights: Any, tile: _Tile) -> None:
@@ -373,39 +384,35 @@ class Block:
         if self.query.dtype == self.dtype:
             np.multiply(self.query, self.dtype.type(self.problem.scale * factor), out=by_head)
         else:
-            _widen(self.query, by_head)
+            widen(self.query, by_head)
             np.multiply(query, self.dtype.type(self.problem.scale * factor), out=query)
         return query
 
+    def _key_norm(self, key: Any, tile: _Tile) -> float:
+        if tile.start % self.tiling.batch_keys:
+            return _largest_norm(key)  # tiles that start with a window are other tiles in every block
+        place = (*self.units_id, tile)
+        norm = self.key_norms.get(place)
+        if norm is None:
+            norm = self.key_norms[place] = _largest_norm(key)
+        return norm
+
     def _packed(self, name: str, operand: Any, tile: _Tile) -> Any:
-        """The tile's rows of K or V, (units, runs, keys, E), as BLAS takes them: accumulation dtype, contiguous rows."""
+        """A tile of K or V, (units, runs, keys, E), as BLAS takes it: accumulation dtype, contiguous rows."""
         rows = operand[:, tile.start : tile.stop]
-        if rows.dtype != self.dtype or not _is_blas_matrix(rows):
+        if self.packs_key if name == "key" else self.packs_value:
             packed = self.scratch(name, rows.shape, self.dtype)
-            _widen(rows, packed)
+            widen(rows, packed)
             rows = packed
         return rows.reshape(rows.shape[0], tile.runs, rows.shape[1] // tile.runs, rows.shape[2])
 
 
-class _Scratch:
-    """Named work arrays that a thread keeps from job to job.  Nested calls get arrays of their own."""
-
-    _free = threading.local()
-
-    def __enter__(self) -> _Scratch:
-        free = self._free.__dict__.setdefault("arrays", [])
-        self._arrays: dict[tuple[str, Any], np.ndarray] = free.pop() if free else {}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._free.arrays.append(self._arrays)
-
-    def __call__(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
-        size = math.prod(shape)
-        array = self._arrays.get((name, dtype))
-        if array is None or array.size < size:
-            array = self._arrays[name, dtype] = np.empty(size, dtype)
-        return array[:size].reshape(shape)
+def _bias(keep: Any, dtype: Any) -> Any:
+    """0 where `keep` is True and the least finite number elsewhere; quicker than np.where."""
+    bias = keep.astype(dtype)
+    bias -= 1
+    bias *= -_LEAST[dtype]
+    return bias
 
 
 def _mask_block(mask: Any, outer: tuple[int, ...], units: slice, rows: slice) -> Any:
@@ -443,27 +450,11 @@ def _largest_norm(rows: Any) -> float:
     return math.sqrt(np.vecdot(rows, rows).max())
 
 
-def _is_blas_matrix(array: Any) -> bool:
-    """True if NumPy hands the last two axes to BLAS as they are; otherwise matmul falls back to a slow loop."""
-    row, element = array.strides[-2:]
-    return element == array.itemsize and row % element == 0 and row >= element * array.shape[-1]
+def _is_finite(array: Any) -> bool:
+    """False if anything is inf or NaN (or larger than the root of the type's range, which costs an exact pass)."""
+    return math.isfinite(np.vdot(array, array))
 
 
-def _widen(source: Any, target: Any) -> None:
-    """Copy into the accumulation dtype.
-
-    NumPy converts float16 element by element (1.8 ns); moving the bits with integer instructions and scaling by 2^112, which
-    also makes subnormals right, takes 0.3 ns.  inf and NaN, whose exponent it would misread, go NumPy's way.
-    """
-    if source.dtype != np.float16:
-        np.copyto(target, source)
-        return
-    bits = source.view(np.int16)
-    if np.bitwise_and(bits, np.int16(0x7FFF)).max(initial=0) >= 0x7C00:
-        np.copyto(target, source)
-        return
-    wide = target.view(np.int32)
-    np.copyto(wide, bits)
-    np.left_shift(wide, 13, out=wide)
-    np.bitwise_and(wide, np.int32(-0x70002000), out=wide)  # drop the sign bits that were carried into the exponent
-    np.multiply(target, np.float32(2.0**112), out=target)
+@lru_cache(maxsize=4)
+def _ones(rows: int, dtype: Any) -> Any:
+    return np.ones((rows, 1), dtype)

@@ -1,7 +1,7 @@
 """Threads that share out the tiles of a call.
 
-The caller works too, and waits only for helpers that have started: calls may nest (a score_mod that calls attention) and
-many threads may call at once, and none can wait for a helper that never comes.
+The caller works too, and waits only for helpers that have started: calls may nest (a score_mod that calls attention)
+and many threads may call at once, and none can wait for a helper that never comes.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def run_jobs(function: Callable[[Job], None], jobs: Iterable[Job], workers: int)
             function(job)
         return
 
-    queue, queue_lock, failures = iter(jobs), threading.Lock(), []
+    queue, queue_lock = iter(jobs), threading.Lock()
+    failures: list[BaseException] = []
 
     def work() -> None:
         while not failures:

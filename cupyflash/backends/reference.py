@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from ..problem.mods import Coordinates, add_alibi, apply_mask_mod, apply_score_mod, cap_scores
-from ..problem.normalize import Buffers, Problem
 from ..problem.philox import keep_tile
+from ..problem.problem import Buffers, Problem
 
 __all__ = ["MathBackend"]
 
@@ -101,12 +101,14 @@ def _scores(problem: Problem, buffers: Buffers, stage: str) -> Any:
     keep = problem.band.materialize(at.q_idx, at.kv_idx)
     removed = xp.isneginf(scores) | ~keep
     if buffers.float_mask is not None:
-        scores += buffers.float_mask
-        removed |= xp.isneginf(buffers.float_mask)
+        bias = buffers.float_mask.astype(scores.dtype, copy=False)
+        scores += bias
+        removed |= xp.isneginf(bias)
     if buffers.alibi_slopes is not None:
         slopes = buffers.alibi_slopes
         batch = problem.batch_shape if slopes.shape[0] == problem.batch_size else (1,) * len(problem.batch_shape)
-        add_alibi(scores, slopes.reshape(*batch, -1, 1, 1), at.q_idx, at.kv_idx, problem.shift, xp)
+        slopes = slopes.reshape(*batch, problem.num_heads_q, 1, 1)
+        add_alibi(scores, slopes, at.q_idx, at.kv_idx, problem.shift, problem.last_position, xp)
     if buffers.bool_mask is not None:
         removed |= ~buffers.bool_mask
     if buffers.mask_mod is not None:

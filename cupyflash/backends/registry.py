@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from ..errors import Unsupported
-from ..problem.normalize import Buffers, Problem
+from ..problem.problem import Buffers, Problem
 from .reference import MathBackend
 from .tiled import NumpyBackend
 
@@ -45,7 +45,7 @@ def register_backend(name: str, backend: Backend, *, overwrite: bool = False) ->
     name : str
     backend : Backend
         An object with the methods ``reasons(problem)`` and ``run(problem, buffers)``; see
-        `cupyflash.backends.registry.Backend` and, for what they are given, `cupyflash.problem.normalize`.
+        `cupyflash.backends.registry.Backend` and, for what they are given, `cupyflash.problem.problem`.
     overwrite : bool
         Replace a backend of the same name.
 
@@ -107,5 +107,6 @@ def _unsupported(problem: Problem, chosen: str) -> Unsupported:
         reasons = {chosen: ("it has no kernels in this version",), **reasons}
     lines = [f"backend {chosen!r} can't run this call:", f"  {problem}".replace("\n", "\n  "), "Reasons:"]
     for name, why in reasons.items():
-        lines.append(f"  {name}: {'; '.join(why) if why else f'can: pass backend={name!r}'}")
+        usable = f'it can run this: pass backend="{name}"'
+        lines.append(f"  {name}: {'; '.join(why) or usable}")
     return Unsupported("\n".join(lines), reasons)

@@ -1,7 +1,7 @@
 """The `numpy` backend: tiled attention on BLAS, in O(L) extra memory, never an L×S array.
 
-This file cuts a call into jobs and shares them out to threads; `block.py` does one job.  A *unit* is one key head with the
-query heads that share it, a *job* is a block of rows of a few units::
+This file cuts a call into jobs and shares them out to threads; `block.py` does one job.  A *unit* is one key head with
+the query heads that share it, a *job* is a block of rows of a few units::
 
     call  →  slices (views in which every unit has one key head and one value head)  →  jobs (slice, units, rows)
 """
@@ -10,21 +10,27 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from ..problem.normalize import Buffers, Problem
+from ..problem.problem import Buffers, Problem
 from .blas import control, one_blas_thread
-from .block import Block, Slice, Tiling
+from .block import FEW_ROWS, Block, Tiling
 from .pool import num_threads, run_jobs
+from .slices import slice_call
 
 __all__ = ["NumpyBackend"]
 
 # Below this many floating-point operations (about 0.5 ms) a second thread costs more than it brings.
 _FLOPS_WORTH_A_THREAD = 5e7
+# The list of jobs of a call with no more rows is remembered.
+_ROWS_WORTH_REMEMBERING = 2**10
+# Up to this m·n·k OpenBLAS runs a product on the calling thread, whatever its thread count.
+_PRODUCT_WORTH_A_THREAD = 2**18
 
 
 class NumpyBackend:
@@ -46,185 +52,115 @@ class NumpyBackend:
             buffers.weights.fill(-math.inf if problem.weights_stage == "biased" else 0)
         if 0 in buffers.out.shape[:-1]:
             return
-        slices = _slices(problem, buffers)
-        tiling = _tiling(problem, slices[0].lead_shape[-1], available)
+        slices = slice_call(problem, buffers)
+        first = slices[0]
+        jobs: Iterable[_Job] | None
+        tiling, jobs = _schedule(
+            problem, first.lead_shape, len(slices), first.packs_key or first.packs_value, available
+        )
 
-        def attend(job: tuple[Slice, tuple[int, ...], int, int]) -> None:
+        if jobs is None:
+            jobs = _jobs(problem, first.lead_shape, len(slices), tiling)
+
+        def attend(job: _Job) -> None:
             with np.errstate(all="ignore"):
-                Block(problem, buffers, tiling, *job).run()
+                Block(problem, buffers, tiling, slices[job.slice], job.outer, job.first_unit, job.first_row).run()
 
-        with one_blas_thread:
-            run_jobs(attend, _jobs(slices, tiling), tiling.threads if control() else 1)
+        with one_blas_thread if tiling.guards_blas else nullcontext():
+            run_jobs(attend, jobs, tiling.threads if control() else 1)
 
 
 # --- cutting a call into jobs --------------------------------------------------------------------------------------
 
 
-def _slices(problem: Problem, buffers: Buffers) -> list[Slice]:
-    """Views of the call in which every unit has one key head and one value head; see `_slicing`."""
-    arrays = (
-        buffers.query,
-        buffers.key,
-        buffers.value,
-        buffers.float_mask,
-        buffers.bool_mask,
-        buffers.out,
-        buffers.lse,
-        buffers.weights,
-    )
-    layout = tuple(None if array is None else (array.shape, array.strides) for array in arrays)
-    slices = []
-    for lead_shape, period, place, steps in _slicing(
-        problem.num_heads_q, problem.num_heads_k, problem.num_heads_v, problem.batch_shape, layout
-    ):
-        views = []
-        for array, (split_shape, index, joined_shape) in zip(arrays, steps, strict=True):
-            if array is not None:
-                if split_shape is not None:
-                    array = array.reshape(split_shape)
-                if index is not None:
-                    array = array[index]
-                array = array.reshape(joined_shape)
-            views.append(array)
-        slices.append(Slice(lead_shape, period, place, *views))
-    return slices
-
-
-# (split_shape or None, index or None, joined_shape): a.reshape(split_shape)[index].reshape(joined_shape), always a view.
-_Step = tuple[Any, Any, tuple[int, ...]]
-
-
 @lru_cache(maxsize=512)
-def _slicing(
-    num_heads_q: int, num_heads_k: int, num_heads_v: int, batch_shape: tuple[int, ...], layout: tuple[Any, ...]
-) -> list[tuple[tuple[int, ...], int, int, list[_Step]]]:
-    """How to take the slices of a call from its arrays' shapes and strides: (lead_shape, period, place, steps) of each.
-
-    Units are the runs of gcd(Hq/Hk, Hq/Hv) query heads, which share their key head and their value head.  After
-    lcm(Hq/Hk, Hq/Hv) query heads, the period, the pattern repeats; there is one slice for each place of a unit within it,
-    so one in all where Hk = Hv.
-    """
-    per_key, per_value = num_heads_q // num_heads_k, num_heads_q // num_heads_v
-    group, period = math.gcd(per_key, per_value), math.lcm(per_key, per_value)
-    rank, units = len(batch_shape), num_heads_q // period
-
-    slicing = []
-    for place in range(0, period, group):
-        steps: list[Any] = []
-        lead_strides = []
-        for name, entry in zip(Slice._fields[3:], layout, strict=True):
-            if entry is None:
-                steps.append((None, None, ((), ())))
-                continue
-            shape, strides = entry
-            if name in ("key", "value"):
-                per_head = per_key if name == "key" else per_value
-                split, index = None, (..., slice(place // per_head, None, period // per_head), slice(None), slice(None))
-                lead, rest = (*shape[:rank], units), shape[rank + 1 :]
-                unit_stride = strides[rank] * (period // per_head)
-                if period == per_head:
-                    index = None
-            elif shape[rank] == num_heads_q:
-                split = (*shape[:rank], units, period, *shape[rank + 1 :])
-                index = (*(slice(None),) * (rank + 1), slice(place, place + group))
-                lead, rest = (*shape[:rank], units), (group, *shape[rank + 1 :])
-                unit_stride = strides[rank] * period
-                if period == group:
-                    split = index = None
-            else:  # a mask for all heads
-                split = index = None
-                lead, rest = (*shape[:rank], 1), (1, *shape[rank + 1 :])
-                unit_stride = 0
-            steps.append((split, index, (lead, rest)))
-            lead_strides.append(
-                tuple(0 if n == 1 else stride for n, stride in zip(lead, (*strides[:rank], unit_stride), strict=True))
-            )
-        axes = _joined_axes((*batch_shape, units), lead_strides)
-        slicing.append(
-            (
-                _join((*batch_shape, units), axes),
-                period,
-                place,
-                [(split, index, (*_join(lead, axes), *rest)) for split, index, (lead, rest) in steps],
-            )
-        )
-    return slicing
+def _schedule(
+    problem: Problem, lead_shape: tuple[int, ...], num_slices: int, packs: bool, available_threads: int
+) -> tuple[Tiling, tuple[_Job, ...] | None]:
+    """The tiling of a call, and its jobs if they are few."""
+    tiling = _tiling(problem, lead_shape[-1], packs, available_threads)
+    is_short = num_slices * math.prod(lead_shape) * problem.seqlen_q <= _ROWS_WORTH_REMEMBERING
+    return tiling, tuple(_jobs(problem, lead_shape, num_slices, tiling)) if is_short else None
 
 
-def _join(shape: tuple[int, ...], axes: list[tuple[int, int]]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[first:last]) for first, last in axes)
-
-
-def _joined_axes(shape: tuple[int, ...], strides: list[tuple[int, ...]]) -> list[tuple[int, int]]:
-    """Ranges of adjacent axes that are one axis in every array: a reshape that joins them is a view."""
-    ranges = [(len(shape) - 1, len(shape))]
-    inner = len(shape) - 1  # the outermost axis of the current range that is longer than 1
-    for axis in range(len(shape) - 2, -1, -1):
-        joins = shape[axis] == 1 or shape[inner] == 1 or all(s[axis] == s[inner] * shape[inner] for s in strides)
-        if joins:
-            ranges[-1] = (axis, ranges[-1][1])
-        else:
-            ranges.append((axis, axis + 1))
-        if not joins or shape[axis] > 1:
-            inner = axis
-    return ranges[::-1]
-
-
-@lru_cache(maxsize=512)
-def _tiling(problem: Problem, units: int, available_threads: int) -> Tiling:
+def _tiling(problem: Problem, units: int, packs: bool, available_threads: int) -> Tiling:
     """Tile sizes, from measurements on a two-core AVX-512 machine with 1 MiB of L2 cache per core.
 
-    Few rows (decoding) are bound by reading K and V: tiles that OpenBLAS still takes for small matrices
-    (rows · keys · E < 2^18), multiplied in one batch, read at 10 GB/s instead of 3.  Many rows are bound by arithmetic: tiles
-    of 512×512 scores, 256×512 under a causal mask, whose tiles on the diagonal waste half of their work.
+    Few rows (decoding) are bound by reading K and V: tiles that OpenBLAS still takes for small matrices (rows · keys ·
+    E < 2^18), multiplied in one batch, read at 10 GB/s instead of 3.  Where K and V are `packed` first, the batch is
+    what fits the cache.  Many rows are bound by arithmetic: the more rows share a tile of keys the better, but under a
+    band tall tiles waste work on its edges.  Blocks of few scores take several units at once.
     """
     seqlen_q, seqlen_k = problem.seqlen_q, max(1, problem.seqlen_k)
     group = math.gcd(problem.num_heads_q // problem.num_heads_k, problem.num_heads_q // problem.num_heads_v)
     total_units = problem.batch_size * problem.num_heads_q // group
     width = max(1, problem.head_dim, problem.head_dim_v)
-    banded = not problem.band.is_full
     unit_rows = group * seqlen_q
-
-    visited_keys = seqlen_k
-    if problem.band.lower is not None and problem.band.upper is not None:
-        visited_keys = min(seqlen_k, problem.band.upper - problem.band.lower + 1)
-    flops = 2.0 * total_units * unit_rows * visited_keys * (problem.head_dim + problem.head_dim_v)
+    lower, upper = problem.band.lower, problem.band.upper
+    visible_keys = seqlen_k if lower is None or upper is None else min(seqlen_k, max(1, upper - lower + 1))
+    flops = 2.0 * total_units * unit_rows * visible_keys * (problem.head_dim + problem.head_dim_v)
     threads = available_threads if flops > _FLOPS_WORTH_A_THREAD else 1
 
-    if unit_rows <= 32:
+    if unit_rows <= FEW_ROWS:
         rows = seqlen_q
-        keys = seqlen_k if unit_rows == 1 else 2 ** int(math.log2(2**17 / (unit_rows * width)))
-        keys = min(seqlen_k, max(16, min(256, keys)) if unit_rows > 1 else keys)
-        batch_keys = max(keys, min(seqlen_k, 2**18 // unit_rows // keys * keys))
-        scores = unit_rows * seqlen_k
-        job_units = max(1, 2**18 // scores)
+        keys = _clamp(2**17 // (unit_rows * width), 16, 256)
+        keys = min(seqlen_k, 2 ** int(math.log2(keys)) if unit_rows > 1 else 2**14)
+        batch_keys = (2**17 // width if packs else 2**18 // unit_rows) // keys * keys
+        batch_keys = _clamp(batch_keys, keys, seqlen_k)
+        job_units = 2**18 // (unit_rows * batch_keys)
+        if packs:
+            job_units = min(job_units, 2**17 // (width * batch_keys))
     else:
-        most_rows = 256 if banded or total_units * unit_rows <= 4096 else 512
-        most_rows = max(16, min(most_rows, 2**17 // width))
-        rows = max(1, min(seqlen_q, most_rows // group))
-        keys = batch_keys = max(1, min(seqlen_k, 512, max(16, 2**18 // width)))
-        job_units = max(1, 2**17 // (unit_rows * keys)) if rows == seqlen_q else 1
+        rows, keys = 256, 512
+        if problem.has_score_mod or problem.has_mask_mod or problem.has_alibi or problem.dropout_p:
+            keys = 256  # the functions make temporary arrays as large as a tile, or several times that
+        elif problem.band.is_full:
+            enough_jobs = 4 * threads if threads > 1 else 1
+            rows = next((rows for rows in (1024, 512) if total_units * unit_rows >= enough_jobs * rows), rows)
+            keys = 2**18 // rows
+        rows = _clamp(min(rows, 2**17 // width) // group, 1, seqlen_q)
+        keys = batch_keys = _clamp(2**18 // width, 16, min(seqlen_k, keys))
+        job_units = 2**17 // (unit_rows * keys) if rows == seqlen_q else 1
     if threads > 1:
         job_units = min(job_units, -(-total_units // threads))
     return Tiling(
-        units=min(units, job_units),
+        units=_clamp(job_units, 1, units),
         rows=rows,
         keys=keys,
         batch_keys=batch_keys,
         threads=threads,
-        longest_first=problem.band.upper is not None,
+        guards_blas=group * rows * keys * width > _PRODUCT_WORTH_A_THREAD,
+        longest_first=upper is not None,
     )
 
 
-def _jobs(slices: list[Slice], tiling: Tiling) -> Iterator[tuple[Slice, tuple[int, ...], int, int]]:
-    """All jobs; under a causal mask the later rows, which see more keys, come first."""
-    seqlen_q = slices[0].query.shape[-2]
-    first_rows = range(0, seqlen_q, tiling.rows)
-    *outer_shape, units = slices[0].lead_shape
-    for first_row in reversed(first_rows) if tiling.longest_first else (None,):
-        for part, outer in itertools.product(slices, itertools.product(*map(range, outer_shape))):
-            for first_unit in range(0, units, tiling.units):
-                for row in first_rows if first_row is None else (first_row,):
-                    yield part, outer, first_unit, row
+def _clamp(number: int, least: int, most: int) -> int:
+    """`number` within [least, most]; `most` wins."""
+    return min(max(number, least), most)
 
 
+class _Job(NamedTuple):
+    slice: int
+    outer: tuple[int, ...]  # index into all leading axes but the last
+    first_unit: int
+    first_row: int
+
+
+def _jobs(problem: Problem, lead_shape: tuple[int, ...], num_slices: int, tiling: Tiling) -> Iterator[_Job]:
+    """All jobs of a call; under a causal mask the later rows, which see more keys, come first."""
+    first_rows = range(0, problem.seqlen_q, tiling.rows)
+    if not tiling.longest_first:
+        for part, outer, first_unit in _places(lead_shape, num_slices, tiling):
+            for first_row in first_rows:
+                yield _Job(part, outer, first_unit, first_row)
+        return
+    for first_row in reversed(first_rows):
+        for part, outer, first_unit in _places(lead_shape, num_slices, tiling):
+            yield _Job(part, outer, first_unit, first_row)
+
+
+def _places(lead_shape: tuple[int, ...], num_slices: int, tiling: Tiling) -> Iterator[tuple[int, tuple[int, ...], int]]:
+    for part in range(num_slices):
+        for outer in itertools.product(*map(range, lead_shape[:-1])):
+            for first_unit in range(0, lead_shape[-1], tiling.units):
+                yield part, outer, first_unit

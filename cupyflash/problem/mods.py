@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 __all__ = ["Coordinates", "MaskMod", "ScoreMod", "add_alibi", "apply_mask_mod", "apply_score_mod", "cap_scores"]
 
 #: score_mod(score, b, h, q_idx, kv_idx) -> scores
@@ -72,10 +74,13 @@ def cap_scores(scores: Any, softcap: float, xp: Any) -> None:
     scores[removed] = -xp.inf
 
 
-def add_alibi(scores: Any, slopes: Any, q_idx: Any, kv_idx: Any, shift: int, xp: Any) -> None:
+def add_alibi(scores: Any, slopes: Any, q_idx: Any, kv_idx: Any, shift: int, last: int, xp: Any) -> None:
     """Add -slope · |i + shift - j| to `scores` (Press, Smith, Lewis 2022).
 
-    `slopes` (float32) broadcasts against the scores; the distance is computed in integers, then rounded once.
+    `slopes` (float32) broadcasts against the scores.  `last` bounds |i + shift| and j: where the scores' dtype holds
+    such integers exactly, the distance is computed in it, which is quicker, else in float64 and rounded once.
     """
-    distance = xp.abs(q_idx + shift - kv_idx).astype(scores.dtype)
-    scores -= slopes * distance
+    exact = scores.dtype if last < 2**24 else np.float64
+    distance = (q_idx + shift).astype(exact) - kv_idx.astype(exact)
+    xp.abs(distance, out=distance)
+    scores -= slopes * distance.astype(scores.dtype, copy=False)

@@ -1,6 +1,6 @@
 """User arguments → `Problem` (what is asked, no arrays) and `Buffers` (the arrays in one canonical layout), and back.
 
-All validation of user input is here.  The canonical layout has as many batch axes as the output::
+The canonical layout has as many batch axes as the output::
 
     query (*batch, Hq, L, E)   key (*batch, Hk, S, E)   value (*batch, Hv, S, Ev)   out (*batch, Hq, L, Ev)
 
@@ -11,133 +11,34 @@ heads that broadcast are the case Hk = 1.  Nothing is ever copied.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .dtypes import DTYPES, DType, dtype_named
-from .masks import Band, band, check_align, check_window
+from .checks import (
+    array_like_query,
+    check_devices,
+    check_flag,
+    check_out,
+    check_precision,
+    check_scale,
+    check_seed_array,
+    check_softcap,
+    common_dtype,
+    library_of,
+    plain_array,
+    split_mask,
+)
+from .dtypes import DTYPES
+from .masks import band, check_align, check_window
 from .mods import MaskMod, ScoreMod
-from .philox import check_dropout_p, check_seed
+from .philox import check_dropout_p
+from .problem import Buffers, Problem
+from .shapes import lead_axes, mask_shape
 
-__all__ = ["STAGES", "Buffers", "Problem", "check_stage", "library_of", "normalize", "restore"]
-
-#: What can be asked of `attention_weights`, in the order in which it is computed.
-STAGES = ("raw", "modded", "capped", "biased", "softmax")
-_PRECISIONS = ("ieee", "tf32", "tf32x3")
-_LIBRARY_NAMES = {"numpy": "NumPy", "cupy": "CuPy"}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One attention call without its arrays: hashable, printable, enough to decide who can run it and how."""
-
-    library: str  # "numpy" or "cupy"
-    dtype: str
-    batch_shape: tuple[int, ...]
-    has_head_axis: bool  # False for 2-D output, whose one head is not an axis
-    num_heads_q: int
-    num_heads_k: int
-    num_heads_v: int
-    seqlen_q: int
-    seqlen_k: int
-    head_dim: int
-    head_dim_v: int
-    scale: float
-    band: Band
-    shift: int
-    softcap: float  # 0 is off
-    has_score_mod: bool
-    has_mask_mod: bool
-    float_mask_dtype: str | None
-    has_bool_mask: bool
-    has_alibi: bool
-    has_sinks: bool
-    dropout_p: float
-    precision: str
-    return_lse: bool
-    weights_stage: str | None  # one of STAGES, "dropout" for return_weights, None for no L×S array
-
-    @property
-    def element(self) -> DType:
-        """The table's row for the inputs' dtype."""
-        return dtype_named(self.dtype)
-
-    @property
-    def namespace(self) -> Any:
-        """The module whose functions take the problem's arrays: numpy, or cupy where it is already imported."""
-        return np if self.library == "numpy" else sys.modules[self.library]
-
-    @property
-    def batch_size(self) -> int:
-        """Number of entries of the flattened batch."""
-        return math.prod(self.batch_shape)
-
-    @property
-    def lead_shape(self) -> tuple[int, ...]:
-        """The axes of the output before its last two, as the caller sees them."""
-        return (*self.batch_shape, self.num_heads_q) if self.has_head_axis else ()
-
-    def __str__(self) -> str:
-        """Shapes on one line, features on the next."""
-        heads = f"heads {self.num_heads_q}/{self.num_heads_k}/{self.num_heads_v}"
-        shape = f"L={self.seqlen_q} S={self.seqlen_k} E={self.head_dim} Ev={self.head_dim_v}"
-        features = [f"scale={self.scale:.6g}"]
-        if not self.band.is_full:
-            features.append(f"keys j with {_bounds(self.band)}")
-        if self.shift:
-            features.append(f"shift={self.shift}")
-        if self.softcap:
-            features.append(f"softcap={self.softcap:g}")
-        if self.float_mask_dtype:
-            features.append(f"{self.float_mask_dtype} mask")
-        for name, present in (
-            ("bool mask", self.has_bool_mask),
-            ("score_mod", self.has_score_mod),
-            ("mask_mod", self.has_mask_mod),
-            ("alibi_slopes", self.has_alibi),
-            ("sinks", self.has_sinks),
-            ("lse", self.return_lse),
-        ):
-            if present:
-                features.append(name)
-        if self.dropout_p:
-            features.append(f"dropout_p={self.dropout_p:g}")
-        if self.precision != "ieee":
-            features.append(f"precision={self.precision}")
-        if self.weights_stage:
-            features.append(f"weights after {self.weights_stage}")
-        return f"{self.library} {self.dtype} batch {self.batch_shape} {heads} {shape}\n  {', '.join(features)}"
-
-
-def _bounds(diagonals: Band) -> str:
-    low = "" if diagonals.lower is None else f"{diagonals.lower} <= "
-    high = "" if diagonals.upper is None else f" <= {diagonals.upper}"
-    return f"{low}j - i{high}"
-
-
-class Buffers(NamedTuple):
-    """The arrays and functions of one call, in the canonical layout.  Backends read them and fill the last three."""
-
-    query: Any  # (*batch, Hq, L, E)
-    key: Any  # (*batch, Hk, S, E)
-    value: Any  # (*batch, Hv, S, Ev)
-    float_mask: Any  # rank of the scores; axes of length 1 broadcast; or None
-    bool_mask: Any
-    alibi_slopes: Any  # (1 or B, Hq) float32, or None
-    sinks: Any  # (Hq,), or None
-    score_mod: ScoreMod | None
-    mask_mod: MaskMod | None
-    seed: Any  # int, or a uint64 array of size 1 on the device; None without dropout
-    out: Any  # (*batch, Hq, L, Ev)
-    lse: Any  # (*batch, Hq, L) in the accumulation dtype, or None
-    weights: Any  # (*batch, Hq, L, S), or None
-    returned: Any  # the object the caller gets for `out`: their own array where they gave one
+__all__ = ["normalize", "restore"]
 
 
 def normalize(
@@ -166,21 +67,21 @@ def normalize(
 ) -> tuple[Problem, Buffers]:
     """Validate a call and describe it.  With `value` None, `stage` says which weights are asked for instead."""
     library = library_of("query", query)
-    query = _plain(query)
-    key = _like_query("key", key, library)
+    query = plain_array(query)
+    key = array_like_query("key", key, library)
     if value is None and stage is not None:
-        value = key[..., :0]
+        value = key[..., :0] if key.ndim else key
     else:
-        value = _like_query("value", value, library)
-    dtype = _common_dtype(query, key, value)
+        value = array_like_query("value", value, library)
+    dtype = common_dtype(query, key, value)
 
-    float_mask, bool_mask = (None, None) if attn_mask is None else _split_mask(attn_mask, library, dtype)
+    float_mask, bool_mask = (None, None) if attn_mask is None else split_mask(attn_mask, library, dtype)
     if alibi_slopes is not None:
-        alibi_slopes = _like_query("alibi_slopes", alibi_slopes, library)
+        alibi_slopes = array_like_query("alibi_slopes", alibi_slopes, library)
         if alibi_slopes.dtype != np.float32:
             raise TypeError(f"alibi_slopes must be float32, but was {alibi_slopes.dtype}")
     if sinks is not None:
-        sinks = _like_query("sinks", sinks, library)
+        sinks = array_like_query("sinks", sinks, library)
         if sinks.dtype != np.float32 and sinks.dtype != query.dtype:
             raise TypeError(f"sinks must be {dtype.name} (the query's dtype) or float32, but was {sinks.dtype}")
     for name, function in (("score_mod", score_mod), ("mask_mod", mask_mod)):
@@ -188,9 +89,9 @@ def normalize(
             raise TypeError(f"{name} must be callable, but was {type(function).__name__}")
 
     dropout_p = check_dropout_p(dropout_p)
-    seed = None if seed is None else _check_seed(seed, library)
-    weights_stage = "dropout" if _check_flag("return_weights", return_weights) else stage
-    _check_choice("precision", precision, _PRECISIONS)
+    seed = None if seed is None else check_seed_array(seed, library)
+    weights_stage = "dropout" if check_flag("return_weights", return_weights) else stage
+    check_precision(precision)
 
     problem, shapes = _describe(
         library,
@@ -204,22 +105,22 @@ def normalize(
         None if sinks is None else sinks.shape,
         score_mod is not None,
         mask_mod is not None,
-        _check_flag("is_causal", is_causal),
-        _check_scale(scale),
-        _check_flag("enable_gqa", enable_gqa),
+        check_flag("is_causal", is_causal),
+        check_scale(scale),
+        check_flag("enable_gqa", enable_gqa),
         None if window is None else check_window(window),
         check_align(align),
-        _check_softcap(softcap),
+        check_softcap(softcap),
         dropout_p,
         precision,
-        _check_flag("return_lse", return_lse),
+        check_flag("return_lse", return_lse),
         weights_stage,
     )
     xp = problem.namespace
     if library != "numpy":
-        _check_devices(query, key, value, float_mask, bool_mask, alibi_slopes, sinks, out)
+        check_devices(query, key, value, float_mask, bool_mask, alibi_slopes, sinks, out)
     if dropout_p and seed is None:
-        seed = int(np.random.randint(0, 2**64, dtype=np.uint64))
+        seed = int(np.random.randint(0, 2**64, dtype=np.uint64))  # noqa: NPY002, so that np.random.seed decides
     if out is not None:
         inputs = {
             "query": query,
@@ -230,10 +131,10 @@ def normalize(
             "alibi_slopes": alibi_slopes,
             "sinks": sinks,
         }
-        _check_out(out, shapes.returned, query.dtype, library, inputs, xp)
+        check_out(out, shapes.returned, query.dtype, library, inputs, xp)
 
     returned = xp.empty(shapes.returned, query.dtype) if out is None else out
-    canonical_out = _plain(returned)
+    canonical_out = plain_array(returned)
     if not problem.has_head_axis:
         canonical_out = canonical_out[None]
     accumulator = dtype.accumulator
@@ -305,17 +206,9 @@ def _describe(
     return_lse: bool,
     weights_stage: str | None,
 ) -> tuple[Problem, _Shapes]:
-    for name, shape in (("query", query), ("key", key), ("value", value)):
-        if len(shape) < 2:
-            raise ValueError(f"{name} must have at least 2 dimensions (length, head dim), but had shape {shape}")
-    (seqlen_q, head_dim), (seqlen_k, head_dim_v) = query[-2:], (key[-2], value[-1])
-    if key[-1] != head_dim:
-        raise ValueError(f"key must have query's head dim {head_dim} as its last axis, but had shape {key}")
-    if value[-2] != seqlen_k:
-        raise ValueError(f"value must have key's length {seqlen_k} as its axis -2, but had shape {value}")
-
-    lead, score_lead, heads = _gqa_lead(query, key, value) if enable_gqa else _broadcast_lead(query, key, value)
+    lead, score_lead, heads = lead_axes(query, key, value, enable_gqa)
     num_heads_q, num_heads_k, num_heads_v = heads
+    (seqlen_q, head_dim), (seqlen_k, head_dim_v) = query[-2:], value[-2:]
     batch = lead[:-1]
     scores = (*score_lead, seqlen_q, seqlen_k)
     rank = len(batch) + 3
@@ -363,69 +256,10 @@ def _describe(
         out=(*batch, num_heads_q, seqlen_q, head_dim_v),
         weights=(*batch, num_heads_q, seqlen_q, seqlen_k),
         returned=(*lead, seqlen_q, head_dim_v),
-        float_mask=_mask_shape(float_mask[0], scores, rank) if float_mask else (),
-        bool_mask=_mask_shape(bool_mask, scores, rank) if bool_mask is not None else (),
+        float_mask=mask_shape(float_mask[0], scores, rank) if float_mask else (),
+        bool_mask=mask_shape(bool_mask, scores, rank) if bool_mask is not None else (),
     )
     return problem, shapes
-
-
-def _broadcast_lead(
-    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, int, int]]:
-    """Without GQA all leading axes broadcast; a head axis of length 1 is shared by index."""
-    try:
-        score_lead = np.broadcast_shapes(query[:-2], key[:-2])
-        lead = np.broadcast_shapes(score_lead, value[:-2])
-    except ValueError:
-        raise ValueError(
-            f"the leading axes of query {query}, key {key} and value {value} must broadcast"
-            + (
-                "; for key and value with fewer heads pass enable_gqa=True"
-                if min(map(len, (query, key, value))) > 2
-                else ""
-            )
-        ) from None
-    num_heads = lead[-1] if lead else 1
-    num_heads_k, num_heads_v = (
-        num_heads if len(shape) > 2 and shape[-3] == num_heads else 1 for shape in (key, value)
-    )
-    return lead, score_lead, (num_heads, num_heads_k, num_heads_v)
-
-
-def _gqa_lead(
-    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, int, int]]:
-    """With GQA axis -3 is the head axis of each operand, and the axes before it broadcast."""
-    for name, shape in (("query", query), ("key", key), ("value", value)):
-        if len(shape) < 3:
-            raise ValueError(
-                f"{name} must have a head axis (at least 3 dimensions) with enable_gqa, but had shape {shape}"
-            )
-    num_heads_q = query[-3]
-    for name, shape in (("key", key), ("value", value)):
-        if shape[-3] != num_heads_q and (shape[-3] == 0 or num_heads_q % shape[-3]):
-            raise ValueError(
-                f"{name} must have a number of heads that divides query's {num_heads_q}, but had {shape[-3]} "
-                f"(shape {shape})"
-            )
-    try:
-        score_batch = np.broadcast_shapes(query[:-3], key[:-3])
-        batch = np.broadcast_shapes(score_batch, value[:-3])
-    except ValueError:
-        raise ValueError(
-            f"the batch axes of query {query}, key {key} and value {value} (before the head axis) must broadcast"
-        ) from None
-    return (*batch, num_heads_q), (*score_batch, num_heads_q), (num_heads_q, key[-3], value[-3])
-
-
-def _mask_shape(mask: tuple[int, ...], scores: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    """The mask's shape with leading ones up to `rank`, after checking that it broadcasts into the scores' shape."""
-    fits = len(mask) <= len(scores) and all(
-        m in (1, n) for m, n in zip(reversed(mask), reversed(scores), strict=False)
-    )
-    if not fits:
-        raise ValueError(f"attn_mask must broadcast into the scores' shape {scores}, but had shape {mask}")
-    return (1,) * (rank - len(mask)) + mask
 
 
 def _broadcast(array: Any, shape: tuple[int, ...], xp: Any) -> Any:
@@ -435,186 +269,3 @@ def _broadcast(array: Any, shape: tuple[int, ...], xp: Any) -> Any:
     if shape == (1,) * missing + array.shape:
         return array.reshape(shape)
     return xp.broadcast_to(array, shape)
-
-
-# --- checks of single arguments ------------------------------------------------------------------------------------
-
-
-def check_stage(stage: str) -> str:
-    """Return `stage` if it is one of STAGES, or raise a TypeError or ValueError that says so."""
-    _check_choice("stage", stage, STAGES)
-    return stage
-
-
-def library_of(name: str, array: Any) -> str:
-    """Return "numpy" or "cupy", or raise a TypeError that names the argument."""
-    if type(array) is np.ndarray:
-        return "numpy"
-    if isinstance(array, np.ndarray):
-        if isinstance(array, (np.ma.MaskedArray, np.matrix)):
-            raise TypeError(f"{name} must be a plain array, but was a {type(array).__name__}, which is not supported")
-        return "numpy"
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and isinstance(array, cupy.ndarray):
-        return "cupy"
-    raise TypeError(f"{name} must be a NumPy or CuPy array, but was {type(array).__name__}")
-
-
-def _plain(array: Any) -> Any:
-    """The array without an ndarray subclass (memmap, say) around it."""
-    return array.view(np.ndarray) if isinstance(array, np.ndarray) and type(array) is not np.ndarray else array
-
-
-def _like_query(name: str, array: Any, library: str) -> Any:
-    found = library_of(name, array)
-    if found != library:
-        raise TypeError(
-            f"{name} must be a {_LIBRARY_NAMES[library]} array like query, but was a {_LIBRARY_NAMES[found]} array"
-        )
-    return _plain(array)
-
-
-def _common_dtype(query: Any, key: Any, value: Any) -> DType:
-    for name, array in (("query", query), ("key", key), ("value", value)):
-        if array.dtype not in DTYPES:
-            raise TypeError(
-                f"{name} must be float16, bfloat16, float32 or float64 in native byte order, but was {_named(array)}"
-            )
-    for name, array in (("key", key), ("value", value)):
-        if array.dtype != query.dtype:
-            raise TypeError(f"{name} must have query's dtype {query.dtype}, but was {array.dtype}")
-    return DTYPES[query.dtype]
-
-
-def _named(array: Any) -> str:
-    """The dtype in words: the byte order counts where it is what was wrong."""
-    dtype = array.dtype
-    return dtype.name if dtype.isnative else f"{dtype.name} in non-native byte order ({dtype.str})"
-
-
-def _split_mask(attn_mask: Any, library: str, dtype: DType) -> tuple[Any, Any]:
-    """attn_mask as (float mask or None, bool mask or None)."""
-    if isinstance(attn_mask, tuple):
-        if len(attn_mask) != 2:
-            raise ValueError(f"attn_mask as a tuple must be (float_mask, bool_mask), but had {len(attn_mask)} items")
-        float_mask, bool_mask = (
-            _like_query(f"attn_mask[{i}]", attn_mask[i], library) for i in range(2)
-        )
-        if bool_mask.dtype != bool or float_mask.dtype == bool:
-            raise TypeError(
-                "attn_mask as a tuple must be (float_mask, bool_mask), "
-                f"but was ({float_mask.dtype}, {bool_mask.dtype})"
-            )
-        _check_float_mask("attn_mask[0]", float_mask, dtype)
-        return float_mask, bool_mask
-    mask = _like_query("attn_mask", attn_mask, library)
-    if mask.dtype == bool:
-        return None, mask
-    _check_float_mask("attn_mask", mask, dtype)
-    return mask, None
-
-
-def _check_float_mask(name: str, mask: Any, dtype: DType) -> None:
-    if mask.dtype in (dtype.storage, np.dtype(np.float32)) and mask.dtype.isnative:
-        return
-    allowed = "float32" if dtype.name == "float32" else f"{dtype.name} (the query's dtype), float32"
-    hint = "; NumPy makes float64 by default: pass .astype(np.float32)" if mask.dtype == np.float64 else ""
-    raise TypeError(f"{name} must be bool, {allowed} in native byte order, but was {_named(mask)}{hint}")
-
-
-def _check_seed(seed: Any, library: str) -> Any:
-    if not isinstance(seed, np.generic) and hasattr(seed, "dtype"):
-        seed = _like_query("seed", seed, library)
-    return check_seed(seed)
-
-
-def _check_flag(name: str, flag: Any) -> bool:
-    if flag is True or flag is False:
-        return flag
-    if isinstance(flag, np.bool_):
-        return bool(flag)
-    raise TypeError(f"{name} must be a bool, but was {flag!r}")
-
-
-def _check_choice(name: str, choice: Any, choices: tuple[str, ...]) -> None:
-    if not isinstance(choice, str):
-        raise TypeError(f"{name} must be one of {choices}, but was {choice!r}")
-    if choice not in choices:
-        raise ValueError(f"{name} must be one of {choices}, but was {choice!r}")
-
-
-def _check_number(name: str, number: Any) -> float:
-    if isinstance(number, (bool, np.bool_)) or not isinstance(number, Real):
-        raise TypeError(f"{name} must be a real number, but was {number!r}")
-    try:
-        number = float(number)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, but was {number}")
-    return number
-
-
-def _check_scale(scale: Any) -> float | None:
-    return None if scale is None else _check_number("scale", scale)
-
-
-def _check_softcap(softcap: Any) -> float:
-    if softcap is None:
-        return 0.0
-    softcap = _check_number("softcap", softcap)
-    if softcap < 0:
-        raise ValueError(f"softcap must be >= 0 (0 is off), but was {softcap}")
-    return softcap
-
-
-def _check_devices(query: Any, *others: Any) -> None:
-    for array in others:
-        if array is not None and array.device != query.device:
-            raise ValueError(f"all arrays must be on query's device {query.device}, but one was on {array.device}")
-
-
-def _check_out(out: Any, shape: tuple[int, ...], dtype: Any, library: str, inputs: dict[str, Any], xp: Any) -> None:
-    plain = _like_query("out", out, library)
-    if plain.dtype != dtype:
-        raise TypeError(f"out must have query's dtype {dtype}, but was {plain.dtype}")
-    if plain.shape != shape:
-        raise ValueError(f"out must have shape {shape}, but had shape {plain.shape}")
-    if not getattr(plain.flags, "writeable", True):
-        raise ValueError("out must be writable, but was read-only")
-    if _overlaps_itself(plain):
-        raise ValueError(f"out must not overlap itself, but had shape {plain.shape} and strides {plain.strides}")
-    for name, array in inputs.items():
-        if array is not None and _shares_memory(plain, array, xp):
-            raise ValueError(f"out must not share memory with {name}, but did")
-
-
-def _shares_memory(a: Any, b: Any, xp: Any) -> bool:
-    if not xp.may_share_memory(a, b):
-        return False
-    try:
-        # The exact answer is exponential in the worst case; interleaved views, which users have, are quick.
-        return bool(xp.shares_memory(a, b, max_work=100_000))
-    except np.exceptions.TooHardError:
-        return True
-
-
-def _overlaps_itself(array: Any) -> bool:
-    """True if two different indices of the array share a byte."""
-    if array.size < 2:
-        return False
-    axes = sorted((abs(stride), n) for stride, n in zip(array.strides, array.shape, strict=True) if n > 1)
-    extent = array.itemsize
-    for stride, n in axes:
-        if stride < extent:
-            break
-        extent += stride * (n - 1)
-    else:
-        return False  # each axis steps over all that the finer axes cover
-    if axes[0][0] < array.itemsize:
-        return True
-    offsets = np.zeros(1, np.int64)
-    for stride, n in axes:
-        offsets = np.add.outer(offsets, stride * np.arange(n, dtype=np.int64)).ravel()
-    offsets.sort()
-    return bool((np.diff(offsets) < array.itemsize).any())

@@ -35,7 +35,16 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["check_dropout_p", "check_seed", "dropout_mask", "dropout_threshold", "keep_tile", "philox4x32"]
+from .shapes import check_shape, is_int
+
+__all__ = [
+    "check_dropout_p",
+    "check_seed",
+    "dropout_mask",
+    "dropout_threshold",
+    "keep_tile",
+    "philox4x32",
+]
 
 _MULTIPLIER_0 = np.uint64(0xD2511F53)
 _MULTIPLIER_1 = np.uint64(0xCD9E8D57)
@@ -50,9 +59,7 @@ _CALLS_PER_BLOCK = 1 << 14
 _CALLS_PER_BLOCK_ON_DEVICE = 1 << 22
 
 
-def philox4x32(
-    counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any], xp: ModuleType = np
-) -> tuple[Any, ...]:
+def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any], xp: ModuleType = np) -> tuple[Any, ...]:
     """Philox4x32-10: four random 32-bit words for each counter.
 
     Parameters
@@ -155,14 +162,14 @@ def dropout_mask(shape: tuple[int, ...], dropout_p: float, seed: Any) -> np.ndar
     array([[1, 1, 1, 1, 1, 0, 1, 1],
            [1, 0, 1, 1, 0, 1, 1, 1]])
     """
-    shape = _check_shape(shape)
+    shape = check_shape("shape", shape)
     dropout_p = check_dropout_p(dropout_p)
     seed = check_seed(seed)
     if not isinstance(seed, int):
         seed = seed.item()  # the mask is made on the host, wherever the seed lives
     *batch, seqlen_q, seqlen_k = shape
     heads = np.arange(math.prod(batch), dtype=np.uint64).reshape(batch)
-    return keep_tile(seed, dropout_p, heads, (0, seqlen_q), (0, seqlen_k))  # type: ignore[no-any-return]
+    return keep_tile(seed, dropout_p, heads, (0, seqlen_q), (0, seqlen_k))
 
 
 def dropout_threshold(dropout_p: float) -> int:
@@ -192,7 +199,7 @@ def check_seed(seed: Any) -> Any:
     ValueError
         seed is outside [0, 2⁶⁴), or an array whose size is not 1.
     """
-    if _is_int(seed):
+    if is_int(seed):
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must be in [0, 2**64), but was {seed}")
         return int(seed)
@@ -282,23 +289,7 @@ def _blocks(heads: int, groups: int, lanes: int, columns: int, calls: int) -> It
     group_step = max(1, min(groups, calls // (lanes * column_step)))
     head_step = max(1, calls // (lanes * column_step * group_step))
     axes = ((heads, head_step), (groups, group_step), (columns, column_step))
-    return itertools.product(
-        *([slice(at, at + step) for at in range(0, length, step)] for length, step in axes)
-    )
-
-
-def _check_shape(shape: Any) -> tuple[int, ...]:
-    if not isinstance(shape, tuple):
-        raise TypeError(f"shape must be a tuple of ints, but was {_described(shape)}")
-    if not all(_is_int(length) for length in shape):
-        raise TypeError(f"shape must be a tuple of ints, but was {shape}")
-    if len(shape) < 2 or min(shape) < 0:
-        raise ValueError(f"shape must be (..., L, S) with no negative length, but was {shape}")
-    return tuple(int(length) for length in shape)
-
-
-def _is_int(value: Any) -> bool:
-    return not isinstance(value, (bool, np.bool_)) and isinstance(value, Integral)
+    return itertools.product(*([slice(at, at + step) for at in range(0, length, step)] for length, step in axes))
 
 
 def _described(value: Any) -> str:

@@ -29,9 +29,7 @@ def run_python(code: str) -> str:
     """What a new interpreter prints, with the checkout on its path."""
     before = "import sys; before = {name.partition('.')[0] for name in sys.modules}"
     code = f"{before}; sys.path.insert(0, {str(ROOT)!r})\n{code}"
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_import_loads_only_its_requirements() -> None:

@@ -23,7 +23,10 @@ ORDER = [
     "problem.dtypes",
     "problem.masks",
     "problem.mods",
+    "problem.shapes",
     "problem.philox",
+    "problem.problem",
+    "problem.checks",
     "problem.normalize",
     "build",
     "build.source",
@@ -34,6 +37,9 @@ ORDER = [
     "backends",
     "backends.pool",
     "backends.blas",
+    "backends.scratch",
+    "backends.slices",
+    "backends.block",
     "backends.reference",
     "backends.tiled",
     "backends.emulator",
@@ -48,7 +54,8 @@ ORDER = [
 
 # Who may import which neighbour in backends/: tiled shares helpers, and the registry names every backend.
 SHARED = {
-    "backends.tiled": {"backends.blas", "backends.pool"},
+    "backends.tiled": {"backends.blas", "backends.block", "backends.pool", "backends.slices"},
+    "backends.block": {"backends.scratch", "backends.slices"},
     "backends.registry": {"backends.reference", "backends.tiled"},
 }
 
@@ -62,9 +69,7 @@ def module_name(path: Path, package: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported_modules(
-    tree: ast.Module, name: str, is_folder: bool, known: set[str]
-) -> Iterator[tuple[int, str]]:
+def imported_modules(tree: ast.Module, name: str, is_folder: bool, known: set[str]) -> Iterator[tuple[int, str]]:
     """(line, absolute name) of every import; `from package import module` counts as importing the module."""
     here = ["cupyflash", *name.split(".")] if name else ["cupyflash"]
     for node in ast.walk(tree):
@@ -95,9 +100,7 @@ def wrong_imports(package: Path) -> list[str]:
                     wrong.append(f"{where}, which cupyflash does not require")
             elif inner not in ORDER or ORDER.index(inner) >= ORDER.index(name):
                 wrong.append(f"{where}, which does not stand before it")
-            elif all(module.startswith("backends.") for module in (name, inner)) and inner not in SHARED.get(
-                name, ()
-            ):
+            elif all(module.startswith("backends.") for module in (name, inner)) and inner not in SHARED.get(name, ()):
                 wrong.append(f"{where}, a neighbour that it does not share")
     return wrong
 

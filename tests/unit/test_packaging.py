@@ -21,9 +21,7 @@ from cupyflash.build.source import kernels_folder, read_kernel
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted(
-    path.relative_to(ROOT / "kernels_cu").as_posix() for path in (ROOT / "kernels_cu").rglob("*.*")
-)
+SOURCES = sorted(path.relative_to(ROOT / "kernels_cu").as_posix() for path in (ROOT / "kernels_cu").rglob("*.*"))
 
 # Run in an interpreter that sees no site-packages but the ones named here: the folder under test, whose .pth
 # files count as in an environment, and behind it whatever holds NumPy and ml_dtypes.
@@ -44,9 +42,7 @@ for name in names.split():
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the tree: builds leave files beside setup.cfg, which would enter the next wheel."""
     folder = tmp_path_factory.mktemp("checkout") / "cupyflash-checkout"
-    left_out = shutil.ignore_patterns(
-        "__pycache__", ".*_cache", ".hypothesis", ".venv", ".git", "*.egg-info", "dist"
-    )
+    left_out = shutil.ignore_patterns("__pycache__", ".*_cache", ".hypothesis", ".venv", ".git", "*.egg-info", "dist")
 
     def ignore(directory: str, names: list[str]) -> set[str]:
         return left_out(directory, names) | ({"build"} if Path(directory) == ROOT else set())
@@ -81,9 +77,7 @@ def read_kernels(folder: Path) -> tuple[Path, Path]:
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     assert result.returncode == 0, result.stderr
     package, kernels, *lengths = result.stdout.splitlines()
-    assert lengths == [
-        f"{name} {len((ROOT / 'kernels_cu' / name).read_text(encoding='utf-8'))}" for name in SOURCES
-    ]
+    assert lengths == [f"{name} {len((ROOT / 'kernels_cu' / name).read_text(encoding='utf-8'))}" for name in SOURCES]
     return Path(package).parent, Path(kernels)
 
 
@@ -168,11 +162,7 @@ def test_sdist_carries_what_tests_need(checkout: Path, tmp_path: Path) -> None:
     (path,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    folders = [
-        folder for folder in ("tests", "kernels_cu", "examples", "benchmarks") if (checkout / folder).is_dir()
-    ]
-    expected = {
-        p.relative_to(checkout).as_posix() for folder in folders for p in (checkout / folder).rglob("*.*")
-    }
+    folders = [folder for folder in ("tests", "kernels_cu", "examples", "benchmarks") if (checkout / folder).is_dir()]
+    expected = {p.relative_to(checkout).as_posix() for folder in folders for p in (checkout / folder).rglob("*.*")}
     assert expected - names == set()
     assert {"setup.cfg", "pyproject.toml", "LICENSE", "README.md"} <= names

@@ -1,0 +1,149 @@
+"""Write the README's performance tables from the results in benchmarks/results.
+
+    python benchmarks/tables.py            rewrites README.md between its markers
+    python benchmarks/tables.py --check    says whether it is up to date: exit status 0 or 1
+
+A table stands between `<!-- generated: NAME -->` and `<!-- end: NAME -->`; the names are keys of `TABLES`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Report: TypeAlias = dict[str, Any]
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"(?P<start><!-- generated: (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end: (?P=name) -->)", re.DOTALL)
+MARKER = re.compile(r"<!-- (?:generated|end): ([\w-]+) -->")
+NOT_MEASURED = "Not measured yet.\n"
+OTHERS = {"numpy": "vs materialising NumPy", "torch": "vs PyTorch"}
+
+
+def load_reports(kind: str, folder: Path = RESULTS) -> list[Report]:
+    """The reports of one kind of machine, "cpu" or "gpu", by file name."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{kind}-*.json"))]
+
+
+def performance_table(reports: Sequence[Report]) -> str:
+    """Case, time, ratio to each of the others, extra memory of ours and of materialising."""
+
+    def cells(row: Report) -> list[str]:
+        return [
+            f"{row['name']} ({row['note']})" if row["note"] else row["name"],
+            format_seconds(row["seconds"]["cupyflash"]["min"]),
+            *(format_ratio(row["ratios"].get(name)) for name in OTHERS),
+            format_bytes(row["extra_bytes"]["cupyflash"]),
+            format_bytes(row["extra_bytes"].get("numpy")),
+        ]
+
+    columns = ["case", "time", *OTHERS.values(), "extra memory", "NumPy's"]
+    return join_machines(reports, columns, cells, sections=("speed",))
+
+
+def feature_table(reports: Sequence[Report]) -> str:
+    """What a feature costs beside the call without it, and the smallest call beside NumPy's bare calls."""
+
+    def cells(row: Report) -> list[str]:
+        ours = row["seconds"]["cupyflash"]["min"]
+        floor = next(row["seconds"][name]["min"] for name in ("plain", "bare") if name in row["seconds"])
+        return [row["name"], format_seconds(ours), format_seconds(floor), f"{ours / floor:.2f}×"]
+
+    columns = ["call", "time", "without it; for the small call, NumPy's bare calls", "ratio"]
+    return join_machines(reports, columns, cells, sections=("feature", "small"))
+
+
+def join_machines(
+    reports: Sequence[Report],
+    columns: Sequence[str],
+    cells: Callable[[Report], Sequence[str]],
+    sections: Sequence[str],
+) -> str:
+    """A Markdown table for each report, and the caption under it."""
+    tables = []
+    for report in reports:
+        rows = [cells(row) for row in report["results"] if row["section"] in sections]
+        lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        tables.append(f"{table}\n\n{caption(report)}\n")
+    return "\n".join(tables) or NOT_MEASURED
+
+
+def caption(report: Report) -> str:
+    """The machine, the versions, the commit and the command."""
+    machine = report["machine"]
+    versions = [f"Python {machine['python']}", f"NumPy {machine['numpy']} with {machine['blas']}"]
+    if machine["torch"]:
+        versions.append(f"PyTorch {machine['torch']}")
+    commit = f"commit {report['commit'][:10]}" if report["commit"] else "no commit"
+    if report["dirty"]:
+        commit += " with changes"
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['os']}; {', '.join(versions)}; {commit}, "
+        f"{report['date'][:10]}; `{report['command']}`. Times are the least of all samples; ratios are the "
+        "other's time over ours in the same run."
+    )
+
+
+def format_seconds(seconds: float) -> str:
+    return f"{1e6 * seconds:.0f} µs" if seconds < 1e-3 else f"{1e3 * seconds:.{0 if seconds >= 0.1 else 1}f} ms"
+
+
+def format_ratio(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.{0 if ratio >= 10 else 1 if ratio >= 2 else 2}f}×"
+
+
+def format_bytes(size: int | None) -> str:
+    if size is None:
+        return "–"
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "cpu-performance": lambda: performance_table(load_reports("cpu")),
+    "cpu-features": lambda: feature_table(load_reports("cpu")),
+    "gpu-performance": lambda: performance_table(load_reports("gpu")),
+}
+
+
+def rewrite(text: str) -> str:
+    """The README's text with every table as it should be.
+
+    Raises ValueError where a marker has an unknown name or lacks its other half, and where a table that must
+    be there has no place.
+    """
+    tables = {name: make() for name, make in TABLES.items()}
+    places = MARKED.findall(text)
+    names = [name for _, name, _ in places]
+    if sorted(MARKER.findall(text)) != sorted(names * 2):
+        raise ValueError(f"README.md: markers {MARKER.findall(text)} are not pairs of a start and an end")
+    if unknown := set(names) - set(tables):
+        raise ValueError(f"README.md: markers name {sorted(unknown)}, expected some of {sorted(tables)}")
+    if lacking := {"cpu-performance", "gpu-performance"} - set(names):
+        raise ValueError(f"README.md: no place is marked for {sorted(lacking)}: `<!-- generated: NAME -->`")
+    return MARKED.sub(lambda place: place["start"] + "\n" + tables[place["name"]] + "\n" + place["end"], text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write the README's performance tables.")
+    parser.add_argument("--check", action="store_true", help="only say whether README.md is up to date")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    text = given.readme.read_text(encoding="utf-8")
+    wanted = rewrite(text)
+    if given.check and wanted != text:
+        print(f"{given.readme.name} is out of date: run `python benchmarks/tables.py`", file=sys.stderr)
+        return 1
+    if not given.check:
+        given.readme.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

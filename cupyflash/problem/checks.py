@@ -1,0 +1,218 @@
+"""Checks of single arguments.  Each returns the argument in its plain form, or raises an error that names it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from .dtypes import DTYPES, DType
+from .philox import check_seed
+from .problem import STAGES
+
+__all__ = [
+    "array_like_query",
+    "check_devices",
+    "check_flag",
+    "check_out",
+    "check_precision",
+    "check_scale",
+    "check_seed_array",
+    "check_softcap",
+    "check_stage",
+    "common_dtype",
+    "library_of",
+    "plain_array",
+    "split_mask",
+]
+
+_PRECISIONS = ("ieee", "tf32", "tf32x3")
+_LIBRARY_NAMES = {"numpy": "NumPy", "cupy": "CuPy"}
+
+
+def check_stage(stage: str) -> str:
+    """Return `stage` if it is one of STAGES, or raise a TypeError or ValueError that says so."""
+    _check_choice("stage", stage, STAGES)
+    return stage
+
+
+def library_of(name: str, array: Any) -> str:
+    """Return "numpy" or "cupy", or raise a TypeError that names the argument."""
+    if type(array) is np.ndarray:
+        return "numpy"
+    if isinstance(array, np.ndarray):
+        if isinstance(array, (np.ma.MaskedArray, np.matrix)):
+            raise TypeError(f"{name} must be a plain array, but was a {type(array).__name__}, which is not supported")
+        return "numpy"
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(array, cupy.ndarray):
+        return "cupy"
+    raise TypeError(f"{name} must be a NumPy or CuPy array, but was {type(array).__name__}")
+
+
+def plain_array(array: Any) -> Any:
+    """The array without an ndarray subclass (memmap, say) around it."""
+    return array.view(np.ndarray) if isinstance(array, np.ndarray) and type(array) is not np.ndarray else array
+
+
+def check_precision(precision: str) -> str:
+    """Return `precision` if it is known, or raise a TypeError or ValueError that says so."""
+    _check_choice("precision", precision, _PRECISIONS)
+    return precision
+
+
+def array_like_query(name: str, array: Any, library: str) -> Any:
+    found = library_of(name, array)
+    if found != library:
+        raise TypeError(
+            f"{name} must be a {_LIBRARY_NAMES[library]} array like query, but was a {_LIBRARY_NAMES[found]} array"
+        )
+    return plain_array(array)
+
+
+def common_dtype(query: Any, key: Any, value: Any) -> DType:
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if array.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} must be float16, bfloat16, float32 or float64 in native byte order, but was {_named(array)}"
+            )
+    for name, array in (("key", key), ("value", value)):
+        if array.dtype != query.dtype:
+            raise TypeError(f"{name} must have query's dtype {query.dtype}, but was {array.dtype}")
+    return DTYPES[query.dtype]
+
+
+def _named(array: Any) -> str:
+    """The dtype in words: the byte order counts where it is what was wrong."""
+    dtype = array.dtype
+    return dtype.name if dtype.isnative else f"{dtype.name} in non-native byte order ({dtype.str})"
+
+
+def split_mask(attn_mask: Any, library: str, dtype: DType) -> tuple[Any, Any]:
+    """attn_mask as (float mask or None, bool mask or None)."""
+    if isinstance(attn_mask, tuple):
+        if len(attn_mask) != 2:
+            raise ValueError(f"attn_mask as a tuple must be (float_mask, bool_mask), but had {len(attn_mask)} items")
+        float_mask, bool_mask = (array_like_query(f"attn_mask[{i}]", attn_mask[i], library) for i in range(2))
+        if bool_mask.dtype != bool or float_mask.dtype == bool:
+            raise TypeError(
+                f"attn_mask as a tuple must be (float_mask, bool_mask), but was ({float_mask.dtype}, {bool_mask.dtype})"
+            )
+        _check_float_mask("attn_mask[0]", float_mask, dtype)
+        return float_mask, bool_mask
+    mask = array_like_query("attn_mask", attn_mask, library)
+    if mask.dtype == bool:
+        return None, mask
+    _check_float_mask("attn_mask", mask, dtype)
+    return mask, None
+
+
+def _check_float_mask(name: str, mask: Any, dtype: DType) -> None:
+    if mask.dtype in (dtype.storage, np.dtype(np.float32)) and mask.dtype.isnative:
+        return
+    allowed = "float32" if dtype.name == "float32" else f"{dtype.name} (the query's dtype), float32"
+    hint = "; NumPy makes float64 by default: pass .astype(np.float32)" if mask.dtype == np.float64 else ""
+    raise TypeError(f"{name} must be bool, {allowed} in native byte order, but was {_named(mask)}{hint}")
+
+
+def check_seed_array(seed: Any, library: str) -> Any:
+    if not isinstance(seed, np.generic) and hasattr(seed, "dtype"):
+        seed = array_like_query("seed", seed, library)
+    return check_seed(seed)
+
+
+def check_flag(name: str, flag: Any) -> bool:
+    if flag is True or flag is False:
+        return flag
+    if isinstance(flag, np.bool_):
+        return bool(flag)
+    raise TypeError(f"{name} must be a bool, but was {flag!r}")
+
+
+def _check_choice(name: str, choice: Any, choices: tuple[str, ...]) -> None:
+    if not isinstance(choice, str):
+        raise TypeError(f"{name} must be one of {choices}, but was {choice!r}")
+    if choice not in choices:
+        raise ValueError(f"{name} must be one of {choices}, but was {choice!r}")
+
+
+def _check_number(name: str, number: Any) -> float:
+    if type(number) is not float and (isinstance(number, (bool, np.bool_)) or not isinstance(number, Real)):
+        raise TypeError(f"{name} must be a real number, but was {number!r}")
+    try:
+        number = float(number)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, but was {number}")
+    return number
+
+
+def check_scale(scale: Any) -> float | None:
+    return None if scale is None else _check_number("scale", scale)
+
+
+def check_softcap(softcap: Any) -> float:
+    if softcap is None:
+        return 0.0
+    softcap = _check_number("softcap", softcap)
+    if softcap < 0:
+        raise ValueError(f"softcap must be >= 0 (0 is off), but was {softcap}")
+    return softcap
+
+
+def check_devices(query: Any, *others: Any) -> None:
+    for array in others:
+        if array is not None and array.device != query.device:
+            raise ValueError(f"all arrays must be on query's device {query.device}, but one was on {array.device}")
+
+
+def check_out(out: Any, shape: tuple[int, ...], dtype: Any, library: str, inputs: dict[str, Any], xp: Any) -> None:
+    plain = array_like_query("out", out, library)
+    if plain.dtype != dtype:
+        raise TypeError(f"out must have query's dtype {dtype}, but was {plain.dtype}")
+    if plain.shape != shape:
+        raise ValueError(f"out must have shape {shape}, but had shape {plain.shape}")
+    if not getattr(plain.flags, "writeable", True):
+        raise ValueError("out must be writable, but was read-only")
+    if _overlaps_itself(plain):
+        raise ValueError(f"out must not overlap itself, but had shape {plain.shape} and strides {plain.strides}")
+    for name, array in inputs.items():
+        if array is not None and _shares_memory(plain, array, xp):
+            raise ValueError(f"out must not share memory with {name}, but did")
+
+
+def _shares_memory(a: Any, b: Any, xp: Any) -> bool:
+    if not xp.may_share_memory(a, b):
+        return False
+    if xp is not np:
+        return bool(xp.shares_memory(a, b))
+    try:
+        # The exact answer is exponential in the worst case; interleaved views, which users have, are quick.
+        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]  # the stubs know -1 and 0 only
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _overlaps_itself(array: Any) -> bool:
+    """True if two different indices of the array share a byte."""
+    if array.size < 2:
+        return False
+    axes = sorted((abs(stride), n) for stride, n in zip(array.strides, array.shape, strict=True) if n > 1)
+    extent = array.itemsize
+    for stride, n in axes:
+        if stride < extent:
+            break
+        extent += stride * (n - 1)
+    else:
+        return False  # each axis steps over all that the finer axes cover
+    if axes[0][0] < array.itemsize:
+        return True
+    offsets = np.zeros(1, np.int64)
+    for stride, n in axes:
+        offsets = np.add.outer(offsets, stride * np.arange(n, dtype=np.int64)).ravel()
+    offsets.sort()
+    return bool((np.diff(offsets) < array.itemsize).any())

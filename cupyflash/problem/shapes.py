@@ -1,0 +1,107 @@
+"""Shapes: how the axes of query, key, value and masks meet.  Pure functions of tuples."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import numpy as np
+
+__all__ = ["check_shape", "is_int", "lead_axes", "mask_shape"]
+
+Shape = tuple[int, ...]
+
+
+def lead_axes(query: Shape, key: Shape, value: Shape, enable_gqa: bool) -> tuple[Shape, Shape, tuple[int, int, int]]:
+    """The leading axes of the output, those of the scores, and the number of query, key and value heads.
+
+    The last leading axis, if there is one, counts heads.  Heads of key and value are shared by index: query head h
+    reads key head h // (Hq / Hk), so a head axis that broadcasts counts as one head.
+
+    Raises
+    ------
+    ValueError
+        A shape of less than two axes, head dims or lengths that differ, leading axes that don't broadcast, and with
+        enable_gqa a missing head axis or heads that don't divide the query's.
+    """
+    for name, shape in (("query", query), ("key", key), ("value", value)):
+        if len(shape) < 2:
+            raise ValueError(f"{name} must have at least 2 dimensions (length, head dim), but had shape {shape}")
+    if key[-1] != query[-1]:
+        raise ValueError(f"key must have query's head dim {query[-1]} as its last axis, but had shape {key}")
+    if value[-2] != key[-2]:
+        raise ValueError(f"value must have key's length {key[-2]} as its axis -2, but had shape {value}")
+    return (_gqa_lead if enable_gqa else _broadcast_lead)(query, key, value)
+
+
+def _broadcast_lead(query: Shape, key: Shape, value: Shape) -> tuple[Shape, Shape, tuple[int, int, int]]:
+    """Without GQA all leading axes broadcast; a head axis of length 1 is shared by index."""
+    try:
+        score_lead = np.broadcast_shapes(query[:-2], key[:-2])
+        lead = np.broadcast_shapes(score_lead, value[:-2])
+    except ValueError:
+        raise ValueError(
+            f"the leading axes of query {query}, key {key} and value {value} must broadcast"
+            + (
+                "; for key and value with fewer heads pass enable_gqa=True"
+                if min(map(len, (query, key, value))) > 2
+                else ""
+            )
+        ) from None
+    num_heads = lead[-1] if lead else 1
+    num_heads_k, num_heads_v = (num_heads if len(shape) > 2 and shape[-3] == num_heads else 1 for shape in (key, value))
+    return lead, score_lead, (num_heads, num_heads_k, num_heads_v)
+
+
+def _gqa_lead(query: Shape, key: Shape, value: Shape) -> tuple[Shape, Shape, tuple[int, int, int]]:
+    """With GQA axis -3 is the head axis of each operand, and the axes before it broadcast."""
+    for name, shape in (("query", query), ("key", key), ("value", value)):
+        if len(shape) < 3:
+            raise ValueError(
+                f"{name} must have a head axis (at least 3 dimensions) with enable_gqa, but had shape {shape}"
+            )
+    num_heads_q = query[-3]
+    for name, shape in (("key", key), ("value", value)):
+        if shape[-3] != num_heads_q and (shape[-3] == 0 or num_heads_q % shape[-3]):
+            raise ValueError(
+                f"{name} must have a number of heads that divides query's {num_heads_q}, but had {shape[-3]} "
+                f"(shape {shape})"
+            )
+    try:
+        score_batch = np.broadcast_shapes(query[:-3], key[:-3])
+        batch = np.broadcast_shapes(score_batch, value[:-3])
+    except ValueError:
+        raise ValueError(
+            f"the batch axes of query {query}, key {key} and value {value} (before the head axis) must broadcast"
+        ) from None
+    return (*batch, num_heads_q), (*score_batch, num_heads_q), (num_heads_q, key[-3], value[-3])
+
+
+def mask_shape(mask: Shape, scores: Shape, rank: int) -> Shape:
+    """The mask's shape with leading ones up to `rank`, after checking that it broadcasts into the scores' shape."""
+    fits = len(mask) <= len(scores) and all(m in (1, n) for m, n in zip(reversed(mask), reversed(scores), strict=False))
+    if not fits:
+        raise ValueError(f"attn_mask must broadcast into the scores' shape {scores}, but had shape {mask}")
+    return (1,) * (rank - len(mask)) + mask
+
+
+def check_shape(name: str, shape: Any) -> Shape:
+    """Return the shape as a tuple of Python's ints.
+
+    Raises
+    ------
+    TypeError
+        it is not a tuple of ints.
+    ValueError
+        it has less than two dims or a negative one.
+    """
+    if not isinstance(shape, tuple) or not all(is_int(length) for length in shape):
+        raise TypeError(f"{name} must be a tuple of ints, but was {shape!r}")
+    if len(shape) < 2 or min(shape) < 0:
+        raise ValueError(f"{name} must be a tuple of at least two ints ≥ 0, but was {shape}")
+    return tuple(int(length) for length in shape)
+
+
+def is_int(value: Any) -> bool:
+    """True for an integer of Python or NumPy that is not a bool."""
+    return not isinstance(value, (bool, np.bool_)) and isinstance(value, numbers.Integral)
