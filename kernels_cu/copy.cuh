@@ -13,8 +13,7 @@
 template <class Tile, int kNumThreads>
 __device__ __forceinline__ void load_tile(u32 tile_smem, const HeadRows& rows, int row_begin, int num_rows) {
   constexpr int kRowStep = kNumThreads / Tile::kChunksPerRow;
-  static_assert(kNumThreads % Tile::kChunksPerRow == 0 && kRowStep % 8 == 0,
-                "a thread keeps its chunk and swizzle");
+  static_assert(kNumThreads % Tile::kChunksPerRow == 0 && kRowStep % 8 == 0, "a thread keeps its chunk and swizzle");
   static_assert(Tile::kRows % kRowStep == 0, "every thread copies the same number of chunks");
   const int row = isa::thread_index() / Tile::kChunksPerRow;
   const int chunk = isa::thread_index() % Tile::kChunksPerRow;
@@ -23,8 +22,7 @@ __device__ __forceinline__ void load_tile(u32 tile_smem, const HeadRows& rows, i
 #pragma unroll
   for (int i = 0; i < Tile::kRows / kRowStep; ++i) {
     const bool exists = row_begin + row + i * kRowStep < num_rows;
-    isa::cp_async_16(chunk_smem + static_cast<u32>(i * kRowStep * Tile::kRowBytes), chunk_gmem,
-                     exists ? 16 : 0);
+    isa::cp_async_16(chunk_smem + static_cast<u32>(i * kRowStep * Tile::kRowBytes), chunk_gmem, exists ? 16 : 0);
     chunk_gmem += kRowStep * rows.row_stride;
   }
 }
@@ -32,8 +30,8 @@ __device__ __forceinline__ void load_tile(u32 tile_smem, const HeadRows& rows, i
 // Writes a warp's 16 rows of a tile to rows [row_begin, row_begin + 16) of a head; rows from num_rows on are
 // left out.
 template <class Tile>
-__device__ __forceinline__ void store_warp_rows(const HeadRows& rows, u32 tile_smem, int tile_row,
-                                                int row_begin, int num_rows) {
+__device__ __forceinline__ void store_warp_rows(const HeadRows& rows, u32 tile_smem, int tile_row, int row_begin,
+                                                int num_rows) {
   constexpr int kChunks = 16 * Tile::kChunksPerRow;
   const int lane = isa::lane_index();
 #pragma unroll

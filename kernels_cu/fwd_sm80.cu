@@ -50,8 +50,7 @@ struct Traits {
   static_assert(Config::kBlockM == 16 * Config::kNumWarps, "a warp owns 16 rows of queries");
   static_assert(Config::kBlockN % 16 == 0, "P V goes over the keys in steps of 16");
   static_assert(Config::kHeadDim % 64 == 0, "a row fills whole lines of 128 bytes");
-  static_assert(Config::kBlockM <= 2 * Config::kBlockN,
-                "Q fits where K1 and V will be, O where K0 and K1 were");
+  static_assert(Config::kBlockM <= 2 * Config::kBlockN, "Q fits where K1 and V will be, O where K0 and K1 were");
 };
 
 // Addresses in shared memory; the picture above says when each is in use.

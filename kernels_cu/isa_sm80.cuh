@@ -84,17 +84,13 @@ __device__ __forceinline__ void barrier_arrive(int barrier, int num_threads) {
 // lanes.
 __device__ __forceinline__ u32 shuffle_xor(u32 value, int lane_mask) {
   u32 result;
-  asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;"
-               : "=r"(result)
-               : "r"(value), "r"(lane_mask));
+  asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=r"(result) : "r"(value), "r"(lane_mask));
   return result;
 }
 
 __device__ __forceinline__ u32 shuffle_idx(u32 value, int source_lane) {
   u32 result;
-  asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x1f, 0xffffffff;"
-               : "=r"(result)
-               : "r"(value), "r"(source_lane));
+  asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=r"(result) : "r"(value), "r"(source_lane));
   return result;
 }
 
@@ -176,8 +172,8 @@ __device__ __forceinline__ void stg_8(void* destination, uint2 value) {
 }
 
 __device__ __forceinline__ void stg_16(void* destination, uint4 value) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(destination), "r"(value.x), "r"(value.y),
-               "r"(value.z), "r"(value.w)
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(destination), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
                : "memory");
 }
 
@@ -205,15 +201,9 @@ __device__ __forceinline__ u32 atomic_max(u32* address, u32 value) {
 __device__ __forceinline__ float atomic_max(float* address, float value) {
   u32 before;
   if (static_cast<int>(float_bits(value)) >= 0) {
-    asm volatile("atom.global.max.s32 %0, [%1], %2;"
-                 : "=r"(before)
-                 : "l"(address), "r"(float_bits(value))
-                 : "memory");
+    asm volatile("atom.global.max.s32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(float_bits(value)) : "memory");
   } else {
-    asm volatile("atom.global.min.u32 %0, [%1], %2;"
-                 : "=r"(before)
-                 : "l"(address), "r"(float_bits(value))
-                 : "memory");
+    asm volatile("atom.global.min.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(float_bits(value)) : "memory");
   }
   return bits_float(before);
 }
@@ -257,8 +247,8 @@ __device__ __forceinline__ void st_shared_8(u32 destination, uint2 value) {
 }
 
 __device__ __forceinline__ void st_shared_16(u32 destination, uint4 value) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(destination), "r"(value.x), "r"(value.y),
-               "r"(value.z), "r"(value.w)
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(destination), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
                : "memory");
 }
 
@@ -268,8 +258,7 @@ __device__ __forceinline__ void st_shared_16(u32 destination, uint4 value) {
 // others after a barrier too.
 
 __device__ __forceinline__ void cp_async_16(u32 destination, const void* source, u32 source_bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
-               "r"(source_bytes)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(source_bytes)
                : "memory");
 }
 
@@ -306,10 +295,7 @@ __device__ __forceinline__ void ldmatrix_x4(u32 (&frag)[4], u32 row) {
 }
 
 __device__ __forceinline__ void ldmatrix_x1_trans(u32 (&frag)[1], u32 row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
-               : "=r"(frag[0])
-               : "r"(row)
-               : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(frag[0]) : "r"(row) : "memory");
 }
 
 __device__ __forceinline__ void ldmatrix_x2_trans(u32 (&frag)[2], u32 row) {

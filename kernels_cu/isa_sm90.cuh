@@ -12,8 +12,7 @@ __device__ __forceinline__ void stmatrix_x1(u32 row, const u32 (&frag)[1]) {
 }
 
 __device__ __forceinline__ void stmatrix_x2(u32 row, const u32 (&frag)[2]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(frag[0]),
-               "r"(frag[1])
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(frag[0]), "r"(frag[1])
                : "memory");
 }
 
@@ -24,19 +23,17 @@ __device__ __forceinline__ void stmatrix_x4(u32 row, const u32 (&frag)[4]) {
 }
 
 __device__ __forceinline__ void stmatrix_x1_trans(u32 row, const u32 (&frag)[1]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(row), "r"(frag[0])
-               : "memory");
+  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(row), "r"(frag[0]) : "memory");
 }
 
 __device__ __forceinline__ void stmatrix_x2_trans(u32 row, const u32 (&frag)[2]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(frag[0]),
-               "r"(frag[1])
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(frag[0]), "r"(frag[1])
                : "memory");
 }
 
 __device__ __forceinline__ void stmatrix_x4_trans(u32 row, const u32 (&frag)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
-               "r"(frag[0]), "r"(frag[1]), "r"(frag[2]), "r"(frag[3])
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(frag[0]),
+               "r"(frag[1]), "r"(frag[2]), "r"(frag[3])
                : "memory");
 }
 

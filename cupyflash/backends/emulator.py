@@ -72,9 +72,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.schedule not in _SCHEDULES:
-            raise ValueError(
-                f"schedule={self.schedule!r} is unknown; expected one of {', '.join(_SCHEDULES)}"
-            )
+            raise ValueError(f"schedule={self.schedule!r} is unknown; expected one of {', '.join(_SCHEDULES)}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed={self.seed} does not fit 64 bits")
         if self.workers < 1:
@@ -279,8 +277,7 @@ def _pack(name: str, index: int, value: Any) -> ctypes.Array[ctypes.c_char]:
         data = np.float64(value).tobytes()
     else:
         raise TypeError(
-            f"{name}: args[{index}] is a {type(value).__name__}; "
-            "expected a NumPy array or scalar, int, float or None"
+            f"{name}: args[{index}] is a {type(value).__name__}; expected a NumPy array or scalar, int, float or None"
         )
     return (ctypes.c_char * len(data)).from_buffer_copy(data)
 

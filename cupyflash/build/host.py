@@ -70,9 +70,7 @@ def _find_compiler(cxx: str, path: str) -> Compiler:
         program = shutil.which(command[0], path=path)
         if program is None:
             continue
-        answer = subprocess.run(
-            [program, *command[1:], "--version"], capture_output=True, text=True, check=False
-        )
+        answer = subprocess.run([program, *command[1:], "--version"], capture_output=True, text=True, check=False)
         if answer.returncode == 0:
             return Compiler((program, *command[1:]), answer.stdout.strip())
     if cxx.strip():
@@ -81,9 +79,7 @@ def _find_compiler(cxx: str, path: str) -> Compiler:
 
 
 def _no_compiler(reason: str) -> Unsupported:
-    return Unsupported(
-        f"the emulator compiles kernels with the host's C++ compiler: {reason}", {"emulator": [reason]}
-    )
+    return Unsupported(f"the emulator compiles kernels with the host's C++ compiler: {reason}", {"emulator": [reason]})
 
 
 def build_runtime(cache: Cache, *, portable_fibers: bool = False) -> Path:
@@ -111,9 +107,7 @@ def build_runtime(cache: Cache, *, portable_fibers: bool = False) -> Path:
 
     def build(workplace: Path) -> None:
         source = folder / "runtime.cpp"
-        _compile(
-            compiler, (*flags, f"-Wl,-soname,{library}", str(source)), workplace / library, "the emulator"
-        )
+        _compile(compiler, (*flags, f"-Wl,-soname,{library}", str(source)), workplace / library, "the emulator")
 
     return cache.get(key, build) / library
 

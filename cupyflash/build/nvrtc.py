@@ -119,9 +119,7 @@ def _nvrtc() -> _Nvrtc:
             return _Nvrtc(ctypes.CDLL(load_nvidia_dynamic_lib("nvrtc").abs_path))
         except DynamicLibNotFoundError:
             reason = "NVRTC is not installed"
-    raise Unsupported(
-        f"kernels cannot be compiled: {reason}; pip install 'cupyflash[nvrtc]'", {"cuda": [reason]}
-    )
+    raise Unsupported(f"kernels cannot be compiled: {reason}; pip install 'cupyflash[nvrtc]'", {"cuda": [reason]})
 
 
 class _Nvrtc:

@@ -37,9 +37,7 @@ FWD_PARAMS = np.dtype(
 def layout_checks(structure: str, dtype: np.dtype[np.void]) -> str:
     """``static_assert`` lines that hold the C++ ``structure`` to ``dtype``: size and places."""
     assert dtype.fields is not None
-    lines = [
-        f'static_assert(sizeof({structure}) == {dtype.itemsize}, "{structure} has another size in Python");'
-    ]
+    lines = [f'static_assert(sizeof({structure}) == {dtype.itemsize}, "{structure} has another size in Python");']
     for name, (field, offset, *_) in dtype.fields.items():
         where = f"__builtin_offsetof({structure}, {name}) == {offset}"
         size = f"sizeof({structure}::{name}) == {field.itemsize}"

@@ -99,9 +99,7 @@ def config(constants: Mapping[str, ConfigValue]) -> str:
     return "\n".join(lines)
 
 
-def render(
-    file: str, constants: Mapping[str, ConfigValue], entries: Sequence[str], name: str
-) -> KernelSource:
+def render(file: str, constants: Mapping[str, ConfigValue], entries: Sequence[str], name: str) -> KernelSource:
     """A kernel file over a `Config`.
 
     Args:

@@ -13,8 +13,7 @@ std::byte* shared_bytes(const char* what, std::uint32_t address, std::uint32_t b
   Block& block = *current_thread().block;
   const std::uint32_t available = block.launch->shared_bytes;
   if (address % alignment != 0) {
-    fail(site, "%s: the shared address shared+0x%x is not a multiple of %u", what, address - kSharedBase,
-         alignment);
+    fail(site, "%s: the shared address shared+0x%x is not a multiple of %u", what, address - kSharedBase, alignment);
   }
   if (address < kSharedBase || static_cast<std::uint64_t>(address) + bytes > kSharedBase + available) {
     fail(site, "%s: %u bytes at shared%+lld are outside the block's %u bytes of shared memory", what, bytes,
@@ -28,14 +27,13 @@ void note_shared(AccessKind kind, std::uint8_t lane, std::uint32_t address, std:
   Block& block = *me.block;
   if (!block.races.enabled()) return;
   char report[512];
-  if (!block.races.access(block.clock_of(me), me.warp_index, lane, kind, address - kSharedBase, bytes, site,
-                          report, sizeof report)) {
+  if (!block.races.access(block.clock_of(me), me.warp_index, lane, kind, address - kSharedBase, bytes, site, report,
+                          sizeof report)) {
     fail(site, "%s", report);
   }
 }
 
-void probe_global(const char* what, const void* address, std::uint32_t bytes, std::uint32_t alignment,
-                  Site site) {
+void probe_global(const char* what, const void* address, std::uint32_t bytes, std::uint32_t alignment, Site site) {
   Thread& me = current_thread();
   me.activity = {what, site};
   if (reinterpret_cast<std::uintptr_t>(address) % alignment != 0) {
@@ -52,8 +50,8 @@ void load_global(void* value, const void* source, std::uint32_t bytes, Site site
   const Thread& me = current_thread();
   Block& block = *me.block;
   if (block.launch->options.counters != 0) {
-    me.warp->accesses.global(block.counters.ld_global, site, me.lane_index,
-                             reinterpret_cast<std::uintptr_t>(source), bytes);
+    me.warp->accesses.global(block.counters.ld_global, site, me.lane_index, reinterpret_cast<std::uintptr_t>(source),
+                             bytes);
   }
   std::memcpy(value, source, bytes);
 }
@@ -108,8 +106,7 @@ float atomic_max(float* address, float value, Site site) {
       return static_cast<std::int32_t>(before) < static_cast<std::int32_t>(bits) ? bits : before;
     }));
   }
-  return float_of(
-      atomic_update(word, site, [=](std::uint32_t before) { return bits < before ? bits : before; }));
+  return float_of(atomic_update(word, site, [=](std::uint32_t before) { return bits < before ? bits : before; }));
 }
 
 void load_shared(void* value, std::uint32_t source, std::uint32_t bytes, Site site) {
@@ -199,8 +196,7 @@ void copy_async_wait(int pending_groups, Site site) {
                      copy.destination - kSharedBase, kCopyBytes);
   }
   me.copies.erase(me.copies.begin(), me.copies.begin() + done_copies);
-  me.copy_groups.erase(me.copy_groups.begin(),
-                       me.copy_groups.begin() + static_cast<std::ptrdiff_t>(done_groups));
+  me.copy_groups.erase(me.copy_groups.begin(), me.copy_groups.begin() + static_cast<std::ptrdiff_t>(done_groups));
   for (std::uint32_t& end : me.copy_groups) end -= done_copies;
 }
 

@@ -6,8 +6,7 @@
 namespace emulator {
 
 // The bytes at an address of shared memory, after checking alignment (to `alignment`) and bounds.
-std::byte* shared_bytes(const char* what, std::uint32_t address, std::uint32_t bytes, std::uint32_t alignment,
-                        Site);
+std::byte* shared_bytes(const char* what, std::uint32_t address, std::uint32_t bytes, std::uint32_t alignment, Site);
 
 // Tells the race detector; fails on a race.
 void note_shared(AccessKind kind, std::uint8_t lane, std::uint32_t address, std::uint32_t bytes, Site);

@@ -91,8 +91,7 @@ void run_thread() {
          lanes_text(meeting.arrived).c_str(), meeting.activity.what);
   }
   if (!me.copies.empty()) {
-    fail(me.activity.site, "the thread exits with %zu cp.async operations it has not waited for",
-         me.copies.size());
+    fail(me.activity.site, "the thread exits with %zu cp.async operations it has not waited for", me.copies.size());
   }
   me.exited = true;
   me.warp->alive &= ~(1u << me.lane_index);
@@ -110,9 +109,9 @@ std::string deadlock_report(const Block& block) {
     std::map<std::string, std::uint32_t> lanes_by_state;
     for (int lane = 0; lane < kWarpSize; ++lane) {
       const Thread& thread = block.threads[w * kWarpSize + lane];
-      const std::string state = thread.exited ? "exited"
-                                              : std::string("waiting at ") + thread.activity.what + " at " +
-                                                    text_of(thread.activity.site);
+      const std::string state =
+          thread.exited ? "exited"
+                        : std::string("waiting at ") + thread.activity.what + " at " + text_of(thread.activity.site);
       lanes_by_state[state] |= 1u << lane;
     }
     for (const auto& [state, lanes] : lanes_by_state) {
@@ -132,9 +131,9 @@ std::string unfinished_barrier_report(const Block& block) {
   for (int b = 0; b < kNamedBarriers; ++b) {
     const NamedBarrier& barrier = block.barriers[b];
     if (barrier.arrived == 0) continue;
-    return text_of(barrier.first) + ": block " + index_text(block.index) + " ended with barrier " +
-           std::to_string(b) + " unfinished: " + std::to_string(barrier.arrived) + " of " +
-           std::to_string(barrier.expected) + " threads arrived";
+    return text_of(barrier.first) + ": block " + index_text(block.index) + " ended with barrier " + std::to_string(b) +
+           " unfinished: " + std::to_string(barrier.arrived) + " of " + std::to_string(barrier.expected) +
+           " threads arrived";
   }
   return "";
 }
@@ -233,9 +232,8 @@ void fail(Site site, const char* format, ...) {
   va_start(arguments, format);
   std::vsnprintf(message, sizeof message, format, arguments);
   va_end(arguments);
-  block.report = text_of(site) + ": block " + index_text(block.index) + " thread " +
-                 std::to_string(me.thread_index) + " (warp " + std::to_string(me.warp_index) + " lane " +
-                 std::to_string(me.lane_index) + "): " + message;
+  block.report = text_of(site) + ": block " + index_text(block.index) + " thread " + std::to_string(me.thread_index) +
+                 " (warp " + std::to_string(me.warp_index) + " lane " + std::to_string(me.lane_index) + "): " + message;
   block.failed = true;
   switch_to(block, me, nullptr);
   __builtin_unreachable();  // a failed block is never continued

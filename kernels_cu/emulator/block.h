@@ -110,9 +110,7 @@ class Random {
     state_ ^= state_ << 17;
     return state_ * 0x2545F4914F6CDD1Dull;
   }
-  std::uint32_t below(std::uint32_t bound) {
-    return static_cast<std::uint32_t>(((next() >> 32) * bound) >> 32);
-  }
+  std::uint32_t below(std::uint32_t bound) { return static_cast<std::uint32_t>(((next() >> 32) * bound) >> 32); }
 
  private:
   std::uint64_t state_ = 1;

@@ -45,13 +45,11 @@ void Counters::add(const Counters& other) {
   add_traffic(cp_async_global, other.cp_async_global);
 }
 
-void AccessCounter::shared(Traffic& traffic, Site site, int lane, std::uint32_t address,
-                           std::uint32_t bytes) {
+void AccessCounter::shared(Traffic& traffic, Site site, int lane, std::uint32_t address, std::uint32_t bytes) {
   note({&traffic, site.file, site.line, bytes, true}, lane, address);
 }
 
-void AccessCounter::global(Traffic& traffic, Site site, int lane, std::uintptr_t address,
-                           std::uint32_t bytes) {
+void AccessCounter::global(Traffic& traffic, Site site, int lane, std::uintptr_t address, std::uint32_t bytes) {
   note({&traffic, site.file, site.line, bytes, false}, lane, address);
 }
 

@@ -95,8 +95,7 @@ constexpr int kSavedWords = 6;
 
 void* first_frame(std::byte* top, void (*entry)()) {
   auto* frame = reinterpret_cast<std::uint64_t*>(top);
-  *--frame =
-      0;  // the return address of `entry`: ends a debugger's walk, and aligns the stack as after a call
+  *--frame = 0;  // the return address of `entry`: ends a debugger's walk, and aligns the stack as after a call
   *--frame = reinterpret_cast<std::uint64_t>(entry);
   frame -= kSavedWords;
   std::memset(frame, 0, kSavedWords * sizeof(*frame));
@@ -161,9 +160,7 @@ void prepare(Context& context, std::byte* stack_bottom, int stagger, void (*entr
   context.stack_pointer = first_frame(top, entry);
 }
 
-void switch_context(Context& from, Context& to) {
-  cupyflash_emulator_switch(&from.stack_pointer, to.stack_pointer);
-}
+void switch_context(Context& from, Context& to) { cupyflash_emulator_switch(&from.stack_pointer, to.stack_pointer); }
 
 #endif
 

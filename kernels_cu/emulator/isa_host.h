@@ -183,12 +183,10 @@ inline void ldmatrix_x4_trans(u32 (&frag)[4], u32 row, Site site = Site::here())
   emulator::load_matrices(frag, 4, true, row, site);
 }
 
-inline void mma_m16n8k16(Float16, float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1,
-                         Site site = Site::here()) {
+inline void mma_m16n8k16(Float16, float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1, Site site = Site::here()) {
   emulator::multiply_accumulate(emulator::Format::kFloat16, acc, a, b0, b1, site);
 }
-inline void mma_m16n8k16(BFloat16, float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1,
-                         Site site = Site::here()) {
+inline void mma_m16n8k16(BFloat16, float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1, Site site = Site::here()) {
   emulator::multiply_accumulate(emulator::Format::kBFloat16, acc, a, b0, b1, site);
 }
 inline u32 pack(Float16, float lower, float upper) { return pack_f16x2(lower, upper); }

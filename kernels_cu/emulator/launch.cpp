@@ -65,10 +65,9 @@ class BlockOrder {
 }  // namespace emulator
 
 extern "C" int cupyflash_emulator_launch(const CupyflashKernel* kernel, const std::uint32_t grid[3],
-                                         std::uint32_t num_threads, std::uint32_t shared_bytes,
-                                         void** arguments, const emulator::LaunchOptions* options,
-                                         emulator::Counters* counters, char* report,
-                                         std::size_t report_bytes) {
+                                         std::uint32_t num_threads, std::uint32_t shared_bytes, void** arguments,
+                                         const emulator::LaunchOptions* options, emulator::Counters* counters,
+                                         char* report, std::size_t report_bytes) {
   using namespace emulator;
   const std::lock_guard<std::mutex> lock(launch_mutex);
   const std::uint64_t num_blocks = static_cast<std::uint64_t>(grid[0]) * grid[1] * grid[2];
@@ -104,8 +103,7 @@ extern "C" int cupyflash_emulator_launch(const CupyflashKernel* kernel, const st
     block.races.reset(options->race_detector != 0, shared_bytes);
     for (std::uint64_t n = next++; n < num_blocks && !launch.stopped; n = next++) {
       const std::uint64_t b = order(n);
-      const Dim3 index = {static_cast<unsigned int>(b % grid[0]),
-                          static_cast<unsigned int>(b / grid[0] % grid[1]),
+      const Dim3 index = {static_cast<unsigned int>(b % grid[0]), static_cast<unsigned int>(b / grid[0] % grid[1]),
                           static_cast<unsigned int>(b / grid[0] / grid[1])};
       if (block.run(launch, index, b)) continue;
       const std::lock_guard<std::mutex> report_lock(report_mutex);

@@ -156,8 +156,8 @@ void multiply(Format format, const std::array<void*, kWarpSize>& lanes) {
 
 }  // namespace
 
-void multiply_accumulate(Format format, float* acc, const std::uint32_t* a, std::uint32_t b0,
-                         std::uint32_t b1, Site site) {
+void multiply_accumulate(Format format, float* acc, const std::uint32_t* a, std::uint32_t b0, std::uint32_t b1,
+                         Site site) {
   static constexpr const char* kNames[] = {"mma.m16n8k16.f16", "mma.m16n8k16.bf16"};
   MultiplyOperands mine{acc, a, b0, b1};
   collective(kNames[static_cast<int>(format)], site, &mine, [format](const auto& lanes) {

@@ -48,8 +48,7 @@ std::string describe_address(const void* address) {
     if (byte < array.mapping || byte >= array.mapping + array.mapping_bytes) continue;
     const std::byte* end = array.begin + array.bytes;
     if (byte < array.begin) {
-      return "near array '" + array.name + "': " + std::to_string(array.begin - byte) +
-             " bytes before its start";
+      return "near array '" + array.name + "': " + std::to_string(array.begin - byte) + " bytes before its start";
     }
     return "near array '" + array.name + "': " + std::to_string(byte - end) + " bytes past its end";
   }
@@ -89,14 +88,13 @@ void on_fault(int signal, siginfo_t* info, void*) {
   const Thread& me = current_thread();
   const Activity activity = me.activity;
   if (me.block->stacks.is_overflow(info->si_addr)) {
-    fail(activity.site,
-         "stack overflow: a thread's local arrays and calls exceed %zu bytes (last instruction: %s)",
+    fail(activity.site, "stack overflow: a thread's local arrays and calls exceed %zu bytes (last instruction: %s)",
          StackPool::kStackBytes, activity.what == nullptr ? "none" : activity.what);
   }
   const std::string place = describe_address(info->si_addr);
   fail(activity.site, "%s: illegal access to global memory at %p%s%s",
-       activity.what == nullptr ? "start" : activity.what, info->si_addr,
-       place.empty() ? ", near no array" : ", ", place.c_str());
+       activity.what == nullptr ? "start" : activity.what, info->si_addr, place.empty() ? ", near no array" : ", ",
+       place.c_str());
 }
 
 }  // namespace
@@ -134,8 +132,7 @@ AlternateStack::~AlternateStack() {
 
 }  // namespace emulator
 
-extern "C" void* cupyflash_emulator_allocate(std::size_t bytes, std::size_t alignment, int at_start,
-                                             const char* name) {
+extern "C" void* cupyflash_emulator_allocate(std::size_t bytes, std::size_t alignment, int at_start, const char* name) {
   using namespace emulator;
   const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   const std::size_t body_bytes = (bytes + page - 1) / page * page;

@@ -46,8 +46,7 @@ inline std::uint16_t f16_from_float(float value) {
 #else
   const std::uint32_t sign = bits_of(value) >> 16 & 0x8000;
   std::uint32_t magnitude = bits_of(value) & 0x7fffffff;
-  if (magnitude >= 0x477ff000)
-    return static_cast<std::uint16_t>(sign | 0x7c00);  // 65520 and above round to infinity
+  if (magnitude >= 0x477ff000) return static_cast<std::uint16_t>(sign | 0x7c00);  // 65520 and above round to infinity
   if (magnitude < 0x38800000) {
     // Below 2^-14 the spacing is 2^-24, that of floats in [0.5, 1): the addition rounds.
     return static_cast<std::uint16_t>(sign | (bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f)));

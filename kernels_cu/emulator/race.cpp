@@ -60,8 +60,7 @@ void RaceDetector::begin_block(Clock* clocks, int num_warps) {
 // A hash table that never fills up in practice: a kernel has far fewer instructions that touch shared memory.
 // When it does, later sites share the last slot's name.
 std::uint32_t RaceDetector::site_index(Site site) {
-  auto slot =
-      (reinterpret_cast<std::uintptr_t>(site.file) * 31 + static_cast<std::uintptr_t>(site.line)) % kSites;
+  auto slot = (reinterpret_cast<std::uintptr_t>(site.file) * 31 + static_cast<std::uintptr_t>(site.line)) % kSites;
   for (int probes = 0; probes < kSites; ++probes, slot = (slot + 1) % kSites) {
     Site& entry = sites_[slot];
     if (entry.file == nullptr) entry = site;
@@ -70,9 +69,8 @@ std::uint32_t RaceDetector::site_index(Site site) {
   return static_cast<std::uint32_t>(slot);
 }
 
-bool RaceDetector::access(const Clock& clock, int warp, std::uint8_t lane, AccessKind kind,
-                          std::uint32_t offset, std::uint32_t bytes, Site site, char* report,
-                          std::size_t report_bytes) {
+bool RaceDetector::access(const Clock& clock, int warp, std::uint8_t lane, AccessKind kind, std::uint32_t offset,
+                          std::uint32_t bytes, Site site, char* report, std::size_t report_bytes) {
   if (!enabled_) return true;
   Access mine;
   mine.clock = clock.seen[warp];
@@ -85,14 +83,12 @@ bool RaceDetector::access(const Clock& clock, int warp, std::uint8_t lane, Acces
     const Site other = sites_[earlier.site];
     char lane_text[24] = "";
     if (earlier.lane < kWholeWarp) std::snprintf(lane_text, sizeof lane_text, " lane %d", earlier.lane);
-    const char* cure = earlier.lane == kInFlight ? "cp.async wait"
-                       : earlier.warp == warp    ? "__syncwarp"
-                                                 : "barrier";
+    const char* cure = earlier.lane == kInFlight ? "cp.async wait" : earlier.warp == warp ? "__syncwarp" : "barrier";
     std::snprintf(report, report_bytes,
                   "shared-memory race: %s of shared+0x%x is not ordered after the %s by warp %d%s at %s:%d "
                   "(missing %s?)",
-                  name_of(kind), word * 4, name_of(earlier.kind), earlier.warp, lane_text,
-                  base_name(other.file), other.line, cure);
+                  name_of(kind), word * 4, name_of(earlier.kind), earlier.warp, lane_text, base_name(other.file),
+                  other.line, cure);
     return false;
   };
 
@@ -124,8 +120,7 @@ bool RaceDetector::access(const Clock& clock, int warp, std::uint8_t lane, Acces
   return true;
 }
 
-void RaceDetector::land(const Clock& clock, int warp, std::uint8_t lane, std::uint32_t offset,
-                        std::uint32_t bytes) {
+void RaceDetector::land(const Clock& clock, int warp, std::uint8_t lane, std::uint32_t offset, std::uint32_t bytes) {
   if (!enabled_) return;
   for (std::uint32_t w = offset / 4; w < (offset + bytes + 3) / 4; ++w) {
     words_[w].write.lane = lane;

@@ -16,9 +16,7 @@ inline const char* base_name(const char* file) {
   return slash == nullptr ? file : slash + 1;
 }
 
-inline std::string text_of(Site site) {
-  return std::string(base_name(site.file)) + ":" + std::to_string(site.line);
-}
+inline std::string text_of(Site site) { return std::string(base_name(site.file)) + ":" + std::to_string(site.line); }
 
 // "0-15,17" of the bits 0x0002ffff; "none" of 0.
 inline std::string lanes_text(std::uint32_t lanes) {
@@ -27,8 +25,7 @@ inline std::string lanes_text(std::uint32_t lanes) {
     if ((lanes >> first & 1) == 0) continue;
     int last = first;
     while (last < 31 && (lanes >> (last + 1) & 1) != 0) ++last;
-    text +=
-        (text.empty() ? "" : ",") + std::to_string(first) + (last > first ? "-" + std::to_string(last) : "");
+    text += (text.empty() ? "" : ",") + std::to_string(first) + (last > first ? "-" + std::to_string(last) : "");
     first = last;
   }
   return text.empty() ? "none" : text;

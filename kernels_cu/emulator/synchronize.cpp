@@ -38,27 +38,25 @@ bool arrive(const char* what, BarrierOperands operands, bool waits, Site site) {
   Block& block = *me.block;
   const auto [index, count] = operands;
   const int expected = count == 0 ? block.num_threads : count;
-  if (index < 0 || index >= kNamedBarriers)
-    fail(site, "%s: there is no barrier %d, only 0 to 15", what, index);
+  if (index < 0 || index >= kNamedBarriers) fail(site, "%s: there is no barrier %d, only 0 to 15", what, index);
   if (expected < 0 || expected % kWarpSize != 0) {
     fail(site, "%s %d: the thread count %d is not a multiple of 32", what, index, expected);
   }
   if (expected > block.num_threads) {
-    fail(site, "%s %d: the thread count %d exceeds the block's %d threads", what, index, expected,
-         block.num_threads);
+    fail(site, "%s %d: the thread count %d exceeds the block's %d threads", what, index, expected, block.num_threads);
   }
   NamedBarrier& barrier = block.barriers[index];
   if (barrier.arrived == 0) {
     barrier.expected = expected;
     barrier.first = site;
   } else if (barrier.expected != expected) {
-    fail(site, "%s %d: the thread count is %d here, but %d for those who arrived at %s", what, index,
-         expected, barrier.expected, text_of(barrier.first).c_str());
+    fail(site, "%s %d: the thread count is %d here, but %d for those who arrived at %s", what, index, expected,
+         barrier.expected, text_of(barrier.first).c_str());
   }
   const std::uint32_t bit = 1u << me.warp_index;
   if ((barrier.arrived_warps & bit) != 0) {
-    fail(site, "%s %d: warp %d arrives for the second time before the barrier is complete (%d of %d threads)",
-         what, index, me.warp_index, barrier.arrived, barrier.expected);
+    fail(site, "%s %d: warp %d arrives for the second time before the barrier is complete (%d of %d threads)", what,
+         index, me.warp_index, barrier.arrived, barrier.expected);
   }
   barrier.arrived_warps |= bit;
   barrier.arrived += kWarpSize;
@@ -80,8 +78,8 @@ bool arrive_together(const char* what, const std::array<void*, kWarpSize>& lanes
   for (const void* lane : lanes) {
     const auto& other = *static_cast<const BarrierOperands*>(lane);
     if (other.barrier != operands.barrier || other.num_threads != operands.num_threads) {
-      fail(site, "%s: the lanes of one warp name different barriers: (%d, %d) and (%d, %d)", what,
-           operands.barrier, operands.num_threads, other.barrier, other.num_threads);
+      fail(site, "%s: the lanes of one warp name different barriers: (%d, %d) and (%d, %d)", what, operands.barrier,
+           operands.num_threads, other.barrier, other.num_threads);
     }
   }
   return arrive(what, operands, waits, site);
@@ -99,8 +97,7 @@ void barrier_sync(int barrier, int num_threads, Site site) {
 void barrier_arrive(int barrier, int num_threads, Site site) {
   constexpr const char* kWhat = "bar.arrive";
   BarrierOperands operands{barrier, num_threads};
-  collective(kWhat, site, &operands,
-             [&](const auto& lanes) { arrive_together(kWhat, lanes, /*waits=*/false, site); });
+  collective(kWhat, site, &operands, [&](const auto& lanes) { arrive_together(kWhat, lanes, /*waits=*/false, site); });
 }
 
 namespace {

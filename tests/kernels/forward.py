@@ -80,7 +80,5 @@ def forward(spec, q, k, v, *, kernel=None, options: Options | None = None, **key
     lse[...] = np.nan
     params, grid = launch_arguments(spec, q, k, v, out, lse, **keywords)
     kernel = kernel or module(spec).get_function("flash_fwd_sm80")
-    counters: Counters = kernel(
-        grid, (32 * spec.num_warps,), (params,), shared_mem=spec.shared_bytes, options=options
-    )
+    counters: Counters = kernel(grid, (32 * spec.num_warps,), (params,), shared_mem=spec.shared_bytes, options=options)
     return out, lse, counters

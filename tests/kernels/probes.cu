@@ -4,21 +4,15 @@
 #include "isa.cuh"
 
 // Row `lane` of an array with `width` words for each lane.
-__device__ __forceinline__ const u32* operands(const u32* in, int width) {
-  return in + width * isa::thread_index();
-}
+__device__ __forceinline__ const u32* operands(const u32* in, int width) { return in + width * isa::thread_index(); }
 __device__ __forceinline__ u32* results(u32* out, int width) { return out + width * isa::thread_index(); }
-__device__ __forceinline__ float load_float(const u32* address) {
-  return isa::bits_float(isa::ldg_4(address));
-}
-__device__ __forceinline__ void store_float(u32* address, float value) {
-  isa::stg_4(address, isa::float_bits(value));
-}
+__device__ __forceinline__ float load_float(const u32* address) { return isa::bits_float(isa::ldg_4(address)); }
+__device__ __forceinline__ void store_float(u32* address, float value) { isa::stg_4(address, isa::float_bits(value)); }
 
 extern "C" __global__ void probe_identity(u32* out) {
   const int num_threads = 64;
-  const int block = (isa::block_index_z() * isa::grid_size_y() + isa::block_index_y()) * isa::grid_size_x() +
-                    isa::block_index_x();
+  const int block =
+      (isa::block_index_z() * isa::grid_size_y() + isa::block_index_y()) * isa::grid_size_x() + isa::block_index_x();
   u32* mine = out + 9 * (block * num_threads + isa::thread_index());
   const int values[9] = {isa::thread_index(),  isa::warp_index(),    isa::lane_index(),
                          isa::block_index_x(), isa::block_index_y(), isa::block_index_z(),
@@ -158,8 +152,7 @@ extern "C" __global__ void probe_named_barrier(u32* out) {
     if (isa::warp_index() == 0) {
       isa::barrier_sync(1, 128);
       u32 sum = 0;
-      for (int w = 1; w < 4; ++w)
-        sum += isa::ld_shared_4(isa::shared_base() + 128 * w + 4 * isa::lane_index());
+      for (int w = 1; w < 4; ++w) sum += isa::ld_shared_4(isa::shared_base() + 128 * w + 4 * isa::lane_index());
       isa::stg_4(out + 32 * round + isa::lane_index(), sum);
       isa::barrier_arrive(2, 128);
     } else {

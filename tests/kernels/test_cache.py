@@ -47,9 +47,7 @@ def test_digest_keeps_borders_and_order():
     assert digest("ab", b"c") == digest("ab", "c")
 
 
-@pytest.mark.parametrize(
-    "damage", ["truncated", "changed", "removed", "no manifest", "bad manifest", "a file"]
-)
+@pytest.mark.parametrize("damage", ["truncated", "changed", "removed", "no manifest", "bad manifest", "a file"])
 def test_damaged_entry_is_built_again(tmp_path, damage):
     cache = Cache(tmp_path)
     data = cache.get("key", writer(b"content")) / "data"

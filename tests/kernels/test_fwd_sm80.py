@@ -24,9 +24,7 @@ DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat
 
 def operands(spec, seqlen_q, seqlen_k, heads=(2, 2), batch_size=1, seed=0, magnitude=1.0):
     rng = np.random.default_rng(seed)
-    shapes = [
-        (batch_size, h, n, spec.head_dim) for h, n in ((heads[0], seqlen_q), *[(heads[1], seqlen_k)] * 2)
-    ]
+    shapes = [(batch_size, h, n, spec.head_dim) for h, n in ((heads[0], seqlen_q), *[(heads[1], seqlen_k)] * 2)]
     return [(magnitude * rng.standard_normal(shape)).astype(DTYPES[spec.dtype]) for shape in shapes]
 
 
@@ -67,9 +65,7 @@ def test_against_the_definition(dtype, head_dim, align, window):
 
 
 @pytest.mark.usefixtures("cxx")
-@pytest.mark.parametrize(
-    "spec", [Spec(block_n=32), Spec(num_warps=8), Spec(head_dim=128, block_n=32)], ids=str
-)
+@pytest.mark.parametrize("spec", [Spec(block_n=32), Spec(num_warps=8), Spec(head_dim=128, block_n=32)], ids=str)
 def test_other_tiles(spec):
     for seqlen_q, seqlen_k in ((150, 150), (10, 70)):
         check(spec, *operands(spec, seqlen_q, seqlen_k), window=(None, 0))
@@ -266,9 +262,7 @@ extern "C" __global__ void layout(u32* out) {
 
 
 @pytest.mark.usefixtures("cxx")
-@pytest.mark.parametrize(
-    ("has_lower", "has_upper"), [(False, False), (True, False), (False, True), (True, True)]
-)
+@pytest.mark.parametrize(("has_lower", "has_upper"), [(False, False), (True, False), (False, True), (True, True)])
 def test_key_tiles(has_lower, has_upper):
     """The ranges of tiles against the mask itself, element by element."""
     block_m, block_n = 48, 32
@@ -318,11 +312,7 @@ extern "C" __global__ void ranges(FwdParams params, u32* out) {{
                 is_full = full_begin <= n < full_end
                 assert is_full == (part.all() and part.shape[1] == block_n and begin <= n < end)
             keys = np.flatnonzero(rows.any(axis=0))
-            assert (
-                begin >= end
-                if keys.size == 0
-                else (begin, end) == (keys[0] // block_n, keys[-1] // block_n + 1)
-            )
+            assert begin >= end if keys.size == 0 else (begin, end) == (keys[0] // block_n, keys[-1] // block_n + 1)
 
 
 @pytest.mark.usefixtures("cxx")

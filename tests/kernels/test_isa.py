@@ -29,9 +29,7 @@ def run(file, name, *arrays, out, threads=LANES, shared_mem=0, grid=(1,), option
     result = guarded_array(out, np.uint32, "out")
     result[...] = 0xFFFFFFFF
     inputs = [guarded_copy(np.ascontiguousarray(array), f"input {i}") for i, array in enumerate(arrays)]
-    probes(file).get_function(name)(
-        grid, (threads,), (*inputs, result), shared_mem=shared_mem, options=options
-    )
+    probes(file).get_function(name)(grid, (threads,), (*inputs, result), shared_mem=shared_mem, options=options)
     return result
 
 
@@ -84,9 +82,7 @@ def test_convert(rng):
         np.testing.assert_allclose(out[:, 0].view(np.float32), expected.astype(np.float32), rtol=2.0**-22)
         for column, dtype in ((1, np.float16), (2, ml_dtypes.bfloat16)):
             bits = [np.where(np.isnan(x), 0x7FFF, x.astype(dtype).view(np.uint16)) for x in (lower, upper)]
-            np.testing.assert_array_equal(
-                out[:, column], bits[0].astype(np.uint32) | bits[1].astype(np.uint32) << 16
-            )
+            np.testing.assert_array_equal(out[:, column], bits[0].astype(np.uint32) | bits[1].astype(np.uint32) << 16)
 
 
 def test_unpack_all_values():
@@ -229,9 +225,7 @@ def test_mma(rng, name):
 
 @pytest.mark.parametrize("options", ALL_OPTIONS, ids=repr)
 def test_named_barrier(options):
-    out = run(
-        "probes.cu", "probe_named_barrier", out=(2, LANES), threads=128, shared_mem=512, options=options
-    )
+    out = run("probes.cu", "probe_named_barrier", out=(2, LANES), threads=128, shared_mem=512, options=options)
     thread = np.arange(32, 128).reshape(3, LANES)
     np.testing.assert_array_equal(out, [thread.sum(0), (thread + 1000).sum(0)])
 

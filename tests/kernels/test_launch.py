@@ -81,9 +81,7 @@ def test_wrong_launch():
         echo(*values, grid=(0,))
     with pytest.raises(ValueError, match="name='other' is no entry of test; it has echo, nothing"):
         compiled(ECHO).get_function("other")
-    with pytest.raises(
-        ValueError, match="schedule='fair' is unknown; expected one of fifo, random, priority"
-    ):
+    with pytest.raises(ValueError, match="schedule='fair' is unknown; expected one of fifo, random, priority"):
         Options(schedule="fair")
     with pytest.raises(ValueError, match="workers=0"):
         Options(workers=0)

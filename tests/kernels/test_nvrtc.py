@@ -60,9 +60,7 @@ def test_local_memory_is_seen(tmp_path):
     resources = compile_cubin(source_of(SPILL), "sm_80", Cache(tmp_path)).resources
     indexed, spilled = resources["indexed"], resources["spilled"]
     assert indexed.stack_bytes == 128
-    assert (
-        indexed.spill_stores == 0
-    )  # an array indexed by a variable is no spill, and yet lies in slow memory
+    assert indexed.spill_stores == 0  # an array indexed by a variable is no spill, and yet lies in slow memory
     assert indexed.opcodes["STL"] >= 8
     assert spilled.spill_stores > 0
     assert spilled.spill_loads > 0
@@ -88,9 +86,7 @@ def test_compile_error_names_the_line(tmp_path):
 def test_missing_nvrtc(monkeypatch):
     nvrtc_module._nvrtc.cache_clear()
     monkeypatch.setitem(sys.modules, "cuda.pathfinder", None)
-    with pytest.raises(
-        Unsupported, match=r"cuda-pathfinder is not installed; pip install 'cupyflash\[nvrtc\]'"
-    ):
+    with pytest.raises(Unsupported, match=r"cuda-pathfinder is not installed; pip install 'cupyflash\[nvrtc\]'"):
         nvrtc_module.nvrtc_version()
     monkeypatch.undo()
     nvrtc_module._nvrtc.cache_clear()

@@ -66,9 +66,7 @@ def launch(text, options, num_tiles=NUM_TILES):
     x = guarded_copy(np.arange(NUM_TILES * 64, dtype=np.uint32) ** 2, "x")
     out = guarded_array(THREADS, np.uint32, "out")
     arguments = (x, out, np.int32(num_tiles))
-    compiled(text).get_function("stream")(
-        (1,), (THREADS,), arguments, shared_mem=SHARED_BYTES, options=options
-    )
+    compiled(text).get_function("stream")((1,), (THREADS,), arguments, shared_mem=SHARED_BYTES, options=options)
     return out.copy()
 
 
@@ -135,9 +133,7 @@ def test_late_landing_shows_a_missing_wait_without_the_detector(mark):
     assert report is not None
     assert report == "wrong result" or "has not waited for" in report
     if mark == "// wait: this tile":
-        assert finding(text, Options(race_detector=False, late_landing=False)) is None, (
-            "early landing hides it"
-        )
+        assert finding(text, Options(race_detector=False, late_landing=False)) is None, "early landing hides it"
 
 
 @pytest.mark.parametrize("mark", ["// full", "// empty", "// staged"])
@@ -228,9 +224,7 @@ def test_barrier_misuse(statement):
 
 
 def test_unfinished_barrier():
-    text = replaced(
-        "// staged", "  isa::barrier_sync(1, 64); if (isa::warp_index() == 0) isa::barrier_arrive(3, 64);"
-    )
+    text = replaced("// staged", "  isa::barrier_sync(1, 64); if (isa::warp_index() == 0) isa::barrier_arrive(3, 64);")
     report = finding(text, Options())
     assert report == (
         f"test.cu:{line_of(KERNEL, '// staged')}: block (0,0,0) ended with barrier 3 unfinished: "

@@ -225,9 +225,7 @@ def test_accumulators_go_in_and_come_out(ptx):
         body = ptx[wrapper]
         before = body[: body.index("// begin inline asm")]
         loaded = dict(re.findall(r"ld\.param\.\w+\s+(%\w+), \[\w+_param_(\d+)\];", before))
-        held = {
-            target: loaded[origin] for target, origin in re.findall(r"mov\.\w+\s+(%\w+), (%\w+);", before)
-        }
+        held = {target: loaded[origin] for target, origin in re.findall(r"mov\.\w+\s+(%\w+), (%\w+);", before)}
         registers = re.search(r"f32 \{(.*?)\}", body)
         assert registers is not None
         assert [{**loaded, **held}[register] for register in registers[1].split(", ")] == [

@@ -33,9 +33,7 @@ def origins(text):
 def test_lines_stay_at_home(kernels):
     (kernels / "a.cuh").write_text('#pragma once\n#include "b.cuh"\nint a;\n', encoding="utf-8")
     (kernels / "b.cuh").write_text("#pragma once\nint b;\n", encoding="utf-8")
-    text = (
-        'int first;\n#include "b.cuh"\n  #  include "a.cuh"  // twice b\n#include "emulator/x.h"\nint last;\n'
-    )
+    text = 'int first;\n#include "b.cuh"\n  #  include "a.cuh"  // twice b\n#include "emulator/x.h"\nint last;\n'
     lines = [line for line in origins(flatten(text, "top")) if line[2]]
     assert lines == [
         ("top", 1, "int first;"),
