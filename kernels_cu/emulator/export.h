@@ -9,6 +9,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "kernel.h"
+
 namespace emulator {
 
 template <auto kEntry>
@@ -29,13 +31,6 @@ struct Exported<kEntry> {
 };
 
 }  // namespace emulator
-
-// The layout of launch.h's struct of the same name.
-struct CupyflashKernel {
-  void (*run)(void** arguments);
-  int num_arguments;
-  const std::size_t* argument_bytes;
-};
 
 // Only this symbol is visible: an entry that happens to be called `write` must not meet the C library's.
 #define CUPYFLASH_EXPORT(entry)                                                                     \

@@ -5,13 +5,7 @@
 #include <cstdint>
 
 #include "block.h"
-
-// What a compiled kernel tells about itself; export.h makes one for each entry.
-struct CupyflashKernel {
-  void (*run)(void** arguments);  // called by every thread of every block
-  int num_arguments;
-  const std::size_t* argument_bytes;
-};
+#include "kernel.h"
 
 #pragma GCC visibility push(default)
 
