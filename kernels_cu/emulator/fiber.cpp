@@ -1,6 +1,7 @@
 #include "fiber.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <cstring>
@@ -10,21 +11,27 @@ namespace emulator {
 
 namespace {
 
-constexpr std::size_t kStackGuardBytes = 64 * 1024;  // a multiple of every host's page size
-constexpr std::size_t kStrideBytes = StackPool::kStackBytes + kStackGuardBytes;
+// Wide enough that a large array does not reach over it, and odd in pages: were all stacks a power of two apart, their
+// pages would compete for the same few places in the TLB.
+std::size_t guard_bytes() {
+  static const std::size_t bytes = 64 * 1024 + static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  return bytes;
+}
+
+std::size_t stride_bytes() { return StackPool::kStackBytes + guard_bytes(); }
 
 }  // namespace
 
 StackPool::~StackPool() {
-  if (mapping_ != nullptr) munmap(mapping_, kStrideBytes * static_cast<std::size_t>(count_));
+  if (mapping_ != nullptr) munmap(mapping_, stride_bytes() * static_cast<std::size_t>(count_));
 }
 
 void StackPool::grow(int count) {
   if (count <= count_) return;
-  if (mapping_ != nullptr) munmap(mapping_, kStrideBytes * static_cast<std::size_t>(count_));
+  if (mapping_ != nullptr) munmap(mapping_, stride_bytes() * static_cast<std::size_t>(count_));
   mapping_ = nullptr;
   count_ = 0;
-  const std::size_t bytes = kStrideBytes * static_cast<std::size_t>(count);
+  const std::size_t bytes = stride_bytes() * static_cast<std::size_t>(count);
   void* mapping = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping == MAP_FAILED) throw std::bad_alloc();
   mapping_ = static_cast<std::byte*>(mapping);
@@ -35,12 +42,12 @@ void StackPool::grow(int count) {
 }
 
 std::byte* StackPool::bottom(int index) const {
-  return mapping_ + kStrideBytes * static_cast<std::size_t>(index) + kStackGuardBytes;
+  return mapping_ + stride_bytes() * static_cast<std::size_t>(index) + guard_bytes();
 }
 
 bool StackPool::is_overflow(const void* address) const {
   const auto offset = reinterpret_cast<std::uintptr_t>(address) - reinterpret_cast<std::uintptr_t>(mapping_);
-  return offset < kStrideBytes * static_cast<std::size_t>(count_) && offset % kStrideBytes < kStackGuardBytes;
+  return offset < stride_bytes() * static_cast<std::size_t>(count_) && offset % stride_bytes() < guard_bytes();
 }
 
 #if defined(EMULATOR_PORTABLE_FIBERS)

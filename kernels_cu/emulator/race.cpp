@@ -29,7 +29,7 @@ constexpr const char* name_of(AccessKind kind) {
   return "access";
 }
 
-bool is_ordered(const Access& earlier, const Clock& clock, int warp, std::uint8_t lane) {
+inline bool is_ordered(const Access& earlier, const Clock& clock, int warp, std::uint8_t lane) {
   if (earlier.clock == 0) return true;
   if (earlier.lane == kInFlight) return false;
   if (earlier.warp != warp) return clock.seen[earlier.warp] >= earlier.clock;

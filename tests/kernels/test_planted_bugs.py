@@ -264,7 +264,7 @@ ACCESSES = {
     "isa::cp_async_16(x_smem, x, 17);": r"cp\.async: a source size of 17 bytes exceeds the copy's 16",
     "isa::cp_async_16(x_smem, x + 1, 16);": r"cp\.async: the global address 0x\w+ is not a multiple of 16",
     "isa::cp_async_16(x_smem + 4096, x, 16);": r"cp\.async: 16 bytes at shared\+4096 are outside",
-    "volatile char big[100000]; for (int i = 0; i < 100000; i += 4096) big[i] = 1;": r"stack overflow: .* exceed 65536 bytes",
+    "volatile char big[100000]; for (int i = 0; i < 100000; i += 4096) big[i] = 1;": r"stack overflow: .* exceed 65536",
 }
 
 
@@ -299,3 +299,38 @@ def test_faults_outside_kernels_are_not_ours():
 
     launch(KERNEL, Options())
     assert signal.getsignal(signal.SIGSEGV) in (signal.SIG_DFL, None) or faulthandler.is_enabled()
+
+
+def test_exit_without_waiting():
+    text = r"""
+#include "isa.cuh"
+extern "C" __global__ void leave(const u32* x) {
+  isa::cp_async_16(isa::shared_base() + 16 * isa::thread_index(), x, 16);  // copy
+  isa::cp_async_commit();
+}
+"""
+    x = guarded_array(4, np.uint32, "x")
+    for options in ALL_OPTIONS:
+        with pytest.raises(EmulatorError, match=r"exits with 1 cp\.async operations it has not waited for") as caught:
+            compiled(text).get_function("leave")((1,), (32,), (x,), shared_mem=512, options=options)
+        assert str(caught.value).startswith(f"test.cu:{line_of(text, '// copy')}: ")
+
+
+def test_preemption_loses_updates():
+    """Adding to global memory without an atomic is right in every order of whole threads, wrong once one is interrupted."""
+    text = r"""
+#include "isa.cuh"
+extern "C" __global__ void count(u32* total) {
+  for (int i = 0; i < 20; ++i) isa::stg_4(total, isa::ldg_4(total) + 1);
+}
+"""
+    count = compiled(text).get_function("count")
+
+    def total(options):
+        array = guarded_array(1, np.uint32, "total")
+        count((1,), (128,), (array,), options=options)
+        return int(array[0])
+
+    assert total(Options()) == 20 * 128
+    for schedule in ("random", "priority"):
+        assert min(total(Options(schedule=schedule, seed=seed)) for seed in range(5)) < 20 * 128
