@@ -18,7 +18,7 @@ FUNCTIONS = (
 ).split()
 CONSTANTS = "bool_ inf uint32 uint64".split()
 ATTRIBUTES = "dtype flags itemsize ndim shape size strides".split()
-METHODS = "astype item max ravel reshape sum swapaxes".split()
+METHODS = "any astype item max ravel reshape sum swapaxes".split()
 
 
 class Array(NDArrayOperatorsMixin):
