@@ -62,7 +62,7 @@ class Tiling(NamedTuple):
     units: int  # of a job
     rows: int  # of each query head in a job
     keys: int  # of a tile
-    batch_keys: int  # of the tiles that are multiplied in one batch: a multiple of `keys`
+    batch_keys: int  # of the tiles that are multiplied in one batch
     threads: int
     guards_blas: bool  # there are threads, or products large enough for BLAS to start its own
     longest_first: bool  # later rows see more keys
