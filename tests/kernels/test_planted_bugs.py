@@ -317,7 +317,7 @@ extern "C" __global__ void leave(const u32* x) {
 
 
 def test_preemption_loses_updates():
-    """Adding to global memory without an atomic is right in every order of whole threads, wrong once one is interrupted."""
+    """Adding without an atomic is right in every order of whole threads, and wrong once one is interrupted."""
     text = r"""
 #include "isa.cuh"
 extern "C" __global__ void count(u32* total) {
