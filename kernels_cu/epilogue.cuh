@@ -22,16 +22,16 @@ __device__ __forceinline__ void normalize(float (&o_frag)[kOutTiles][4], RowStat
   }
 }
 
-// The log-sum-exp of the warp's rows, natural logarithm: scale m + ln l; -inf without keys. lse_gmem is that
-// of row 0.
-__device__ __forceinline__ void store_lse(float* lse_gmem, const RowState& state, float scale, int row_begin,
+// The log-sum-exp of the warp's rows, natural logarithm: max_scale m + ln l; -inf without keys. lse_gmem is
+// that of row 0.
+__device__ __forceinline__ void store_lse(float* lse_gmem, const RowState& state, float max_scale, int row_begin,
                                           int num_rows) {
   const int lane = isa::lane_index();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = row_begin + acc_row(lane, 2 * half);
     const bool has_keys = state.row_sum[half] != 0.0f;
-    const float lse = state.row_max[half] * scale + logf(state.row_sum[half]);
+    const float lse = state.row_max[half] * max_scale + logf(state.row_sum[half]);
     // One of the row's four lanes writes.
     if (lane % 4 == 0 && row < num_rows) {
       isa::stg_4(lse_gmem + row, has_keys ? isa::float_bits(lse) : kNegativeInfinityBits);

@@ -31,8 +31,8 @@
 //     K(j) was read (last step)  staging O               the same sync_threads        overwriting k_smem
 //     O staged                   the warp's own lanes    sync_warp                    reading o_smem
 //
-// Not supported: scale <= 0; rows that do not start at multiples of 16 bytes; other head dims than 64 and 128
-// (any multiple of 64 compiles); float masks, score modifications, dropout.
+// Not supported: rows that do not start at multiples of 16 bytes; other head dims than 64 and 128 (any multiple
+// of 64 compiles); float masks, score modifications, dropout.
 #include "isa.cuh"
 #include "epilogue.cuh"
 #include "gemm.cuh"
@@ -82,8 +82,8 @@ struct Forward {
       : params(params),
         work(FwdWork::of_block<Config>(params)),
         warp_row(16 * isa::warp_index()),
-        k(head_rows(params.k, work.batch, work.head_kv)),
-        v(head_rows(params.v, work.batch, work.head_kv)),
+        k(head_rows(params, params.k, work.batch, work.head / params.group_size_k)),
+        v(head_rows(params, params.v, work.batch, work.head / params.group_size_v)),
         scale_log2(params.scale * kLog2E),
         state(RowState::start()) {
 #pragma unroll
@@ -101,7 +101,7 @@ struct Forward {
 
   // Q into registers, and the first tile of K under way: to buffer 0, since Q lies in buffer 1.
   __device__ __forceinline__ void load_q(int first_tile) {
-    const HeadRows q = head_rows(params.q, work.batch, work.head);
+    const HeadRows q = head_rows(params, params.q, work.batch, work.head);
     load_tile<Traits::QTile, Traits::kNumThreads>(SharedStorage::q(), q, work.row_begin, params.seqlen_q);
     isa::cp_async_commit();
     copy_tile(SharedStorage::k(0), k, first_tile);
@@ -127,10 +127,11 @@ struct Forward {
 
     float s_frag[Traits::kScoreTiles][4];
     multiply_q_k<Config, Traits::KTile>(s_frag, q_frag, SharedStorage::k(step % 2));
+    if constexpr (Config::kScaleFirst) scale_scores(s_frag, params.scale);
     if constexpr (kMasked) {
       mask_scores<Config>(s_frag, params, work.row_begin + warp_row, tile * Config::kBlockN);
     }
-    online_softmax(s_frag, o_frag, state, scale_log2);
+    online_softmax<Config::kScaleFirst>(s_frag, o_frag, state, scale_log2);
 
     isa::cp_async_wait<1>();
     isa::sync_threads();  // V(tile) has arrived; all warps are done with K(tile)
@@ -140,9 +141,12 @@ struct Forward {
   __device__ __forceinline__ void finish() {
     normalize(o_frag, state);
     const int row = work.row_begin + warp_row;
-    const long long head = static_cast<long long>(work.batch) * params.num_heads_q + work.head;
-    store_lse(params.lse + head * params.seqlen_q, state, params.scale, row, params.seqlen_q);
-    const HeadRows out = head_rows(params.out, work.batch, work.head);
+    if (params.lse != nullptr) {
+      const long long head = static_cast<long long>(work.batch) * params.num_heads_q + work.head;
+      const float max_scale = Config::kScaleFirst ? 1.0f : params.scale;
+      store_lse(params.lse + head * params.seqlen_q, state, max_scale, row, params.seqlen_q);
+    }
+    const HeadRows out = head_rows(params, params.out, work.batch, work.head);
     store_out<Config, Traits::QTile>(out, SharedStorage::out(), o_frag, warp_row, row, params.seqlen_q);
   }
 };

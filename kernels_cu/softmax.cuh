@@ -7,7 +7,9 @@
 //     O'  = exp(m - m') O + P V
 //
 // Exponentials are powers of two: exp(scale s - scale m) = 2^(s c - m c) with c = scale log2(e), one
-// multiply-add and one ex2. The maximum is that of the raw scores, which is right because scale > 0.
+// multiply-add and one ex2. The maximum is that of the raw scores, which is right if scale > 0, and -inf stays
+// -inf if c is neither 0 nor infinite. For any other scale the scores are scaled first, and 2^((s - m) log2(e))
+// is taken: one instruction more, and s log2(e) cannot overflow.
 #pragma once
 
 #include "isa.cuh"
@@ -27,8 +29,23 @@ struct RowState {
   }
 };
 
+// 2^(exponent) of a score; `offset` is the maximum, scaled unless scores were.
+template <bool kScaledFirst>
+__device__ __forceinline__ float weight(float score, float offset, float scale_log2) {
+  return isa::ex2(kScaledFirst ? (score - offset) * kLog2E : score * scale_log2 - offset);
+}
+
+template <int kScoreTiles>
+__device__ __forceinline__ void scale_scores(float (&s_frag)[kScoreTiles][4], float scale) {
+#pragma unroll
+  for (int n = 0; n < kScoreTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s_frag[n][i] *= scale;
+  }
+}
+
 // Turns the scores S into P in place, updates m and l, and rescales O for the new maximum.
-template <int kScoreTiles, int kOutTiles>
+template <bool kScaledFirst, int kScoreTiles, int kOutTiles>
 __device__ __forceinline__ void online_softmax(float (&s_frag)[kScoreTiles][4], float (&o_frag)[kOutTiles][4],
                                                RowState& state, float scale_log2) {
 #pragma unroll
@@ -43,8 +60,8 @@ __device__ __forceinline__ void online_softmax(float (&s_frag)[kScoreTiles][4], 
 
     // No key has taken part yet: every exponent is -inf whatever is subtracted, but -inf - -inf is not.
     const bool is_empty = row_max == isa::bits_float(kNegativeInfinityBits);
-    const float offset = is_empty ? 0.0f : row_max * scale_log2;
-    const float correction = isa::ex2(state.row_max[half] * scale_log2 - offset);
+    const float offset = is_empty ? 0.0f : kScaledFirst ? row_max : row_max * scale_log2;
+    const float correction = weight<kScaledFirst>(state.row_max[half], offset, scale_log2);
     state.row_max[half] = row_max;
 
     float row_sum = state.row_sum[half] * correction;
@@ -52,7 +69,7 @@ __device__ __forceinline__ void online_softmax(float (&s_frag)[kScoreTiles][4], 
     for (int n = 0; n < kScoreTiles; ++n) {
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        s_frag[n][i] = isa::ex2(s_frag[n][i] * scale_log2 - offset);
+        s_frag[n][i] = weight<kScaledFirst>(s_frag[n][i], offset, scale_log2);
         row_sum += s_frag[n][i];
       }
     }

@@ -10,24 +10,32 @@ struct HeadRows {
   long long row_stride;
 };
 
-__device__ __forceinline__ HeadRows head_rows(const Tensor& tensor, int batch, int head) {
-  const u16* data = static_cast<const u16*>(tensor.data);
-  return {data + batch * tensor.batch_stride + head * tensor.head_stride, tensor.row_stride};
+// `batch` counts the entries of the batch in C order.
+__device__ __forceinline__ HeadRows head_rows(const FwdParams& params, const Tensor& tensor, int batch, int head) {
+  long long offset = head * tensor.head_stride;
+#pragma unroll
+  for (int axis = kBatchAxes - 1; axis >= 0; --axis) {
+    offset += batch % params.batch_shape[axis] * tensor.batch_strides[axis];
+    batch /= params.batch_shape[axis];
+  }
+  return {static_cast<const u16*>(tensor.data) + offset, tensor.row_stride};
 }
 
-// One tile of queries of one head. The grid is (number of query tiles, num_heads_q, batch_size).
+// One tile of queries of one head. The grid has one axis, for CUDA's others end at 65535: tiles of queries
+// within heads within batch entries.
 struct FwdWork {
   int batch;
   int head;
-  int head_kv;
   int row_begin;  // of the tile, in the sequence
 
   template <class Config>
   static __device__ __forceinline__ FwdWork of_block(const FwdParams& params) {
+    const int num_tiles = (params.seqlen_q + Config::kBlockM - 1) / Config::kBlockM;
+    const int entry = isa::block_index_x() / num_tiles;
+    const int place = isa::block_index_x() % num_tiles;
     // With an upper bound the last tiles have the most keys: they start first, so that none of them finishes
     // alone.
-    const int tile = Config::kHasUpper ? isa::grid_size_x() - 1 - isa::block_index_x() : isa::block_index_x();
-    const int head = isa::block_index_y();
-    return {isa::block_index_z(), head, head / params.group_size, tile * Config::kBlockM};
+    const int tile = Config::kHasUpper ? num_tiles - 1 - place : place;
+    return {entry / params.num_heads_q, entry % params.num_heads_q, tile * Config::kBlockM};
   }
 };

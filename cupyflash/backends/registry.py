@@ -13,6 +13,8 @@ from typing import Protocol, runtime_checkable
 
 from ..errors import Unsupported
 from ..problem.problem import Buffers, Problem
+from .cuda import CudaBackend
+from .emulated import EmulatorBackend
 from .reference import MathBackend
 from .tiled import NumpyBackend
 
@@ -34,7 +36,12 @@ class Backend(Protocol):
 
 
 _lock = threading.Lock()
-_backends: dict[str, Backend] = {"numpy": NumpyBackend(), "math": MathBackend()}
+_backends: dict[str, Backend] = {
+    "numpy": NumpyBackend(),
+    "math": MathBackend(),
+    "cuda": CudaBackend(),
+    "emulator": EmulatorBackend(),
+}
 
 
 def register_backend(name: str, backend: Backend, *, overwrite: bool = False) -> None:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ..problem.problem import Buffers, Problem
+from ..problem.shapes import join, joinable_axes
 
 __all__ = ["Slice", "slice_call"]
 
@@ -98,12 +99,12 @@ def _recipes(problem: Problem, layout: tuple[Any, ...]) -> list[tuple[tuple[Any,
                 arrays.append(_by_shared_head(shape, strides, lead_shape, period, place, sharers))
             else:
                 arrays.append(_by_query_head(shape, strides, lead_shape, period, place, group))
-        ranges = _joined_axes(lead_shape, [array.lead_strides for array in arrays if array is not None])
+        ranges = joinable_axes(lead_shape, [array.lead_strides for array in arrays if array is not None])
         steps = [
-            array and _Step(array.split_shape, array.selection, (*_join(array.lead, ranges), *array.rest))
+            array and _Step(array.split_shape, array.selection, (*join(array.lead, ranges), *array.rest))
             for array in arrays
         ]
-        recipes.append(((_join(lead_shape, ranges), packs_key, packs_value, period, place), steps))
+        recipes.append(((join(lead_shape, ranges), packs_key, packs_value, period, place), steps))
     return recipes
 
 
@@ -153,22 +154,3 @@ def _needs_packing(problem: Problem, shape: tuple[int, ...], strides: tuple[int,
     itemsize, (row, element) = problem.element.storage.itemsize, strides[-2:]
     is_matrix = element == itemsize and row % itemsize == 0 and row >= itemsize * shape[-1]
     return problem.element.is_half or not is_matrix
-
-
-def _join(shape: tuple[int, ...], axes: list[tuple[int, int]]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[first:last]) for first, last in axes)
-
-
-def _joined_axes(shape: tuple[int, ...], strides: list[tuple[int, ...]]) -> list[tuple[int, int]]:
-    """Ranges of adjacent axes that are one axis in every array: a reshape that joins them is a view."""
-    ranges = [(len(shape) - 1, len(shape))]
-    inner = len(shape) - 1  # the outermost axis of the current range that is longer than 1
-    for axis in range(len(shape) - 2, -1, -1):
-        joins = shape[axis] == 1 or shape[inner] == 1 or all(s[axis] == s[inner] * shape[inner] for s in strides)
-        if joins:
-            ranges[-1] = (axis, ranges[-1][1])
-        else:
-            ranges.append((axis, axis + 1))
-        if not joins or shape[axis] > 1:
-            inner = axis
-    return ranges[::-1]

@@ -8,10 +8,18 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["FWD_PARAMS", "TENSOR", "layout_checks"]
+__all__ = ["BATCH_AXES", "FWD_PARAMS", "TENSOR", "layout_checks"]
+
+#: Batch axes that a kernel carries.
+BATCH_AXES = 4
 
 TENSOR = np.dtype(
-    [("data", np.uintp), ("batch_stride", np.int64), ("head_stride", np.int64), ("row_stride", np.int64)],
+    [
+        ("data", np.uintp),
+        ("batch_strides", np.int64, (BATCH_AXES,)),
+        ("head_stride", np.int64),
+        ("row_stride", np.int64),
+    ],
     align=True,
 )
 
@@ -22,8 +30,10 @@ FWD_PARAMS = np.dtype(
         ("v", TENSOR),
         ("out", TENSOR),
         ("lse", np.uintp),
+        ("batch_shape", np.int32, (BATCH_AXES,)),
         ("num_heads_q", np.int32),
-        ("group_size", np.int32),
+        ("group_size_k", np.int32),
+        ("group_size_v", np.int32),
         ("seqlen_q", np.int32),
         ("seqlen_k", np.int32),
         ("lower", np.int32),

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["KernelSource", "config", "flatten", "kernels_folder", "read_kernel", "render"]
+__all__ = ["ConfigValue", "KernelSource", "config", "flatten", "kernels_folder", "read_kernel", "render"]
 
 
 def kernels_folder() -> Path:

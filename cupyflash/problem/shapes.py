@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-__all__ = ["check_shape", "is_int", "lead_axes", "mask_shape"]
+__all__ = ["check_shape", "is_int", "join", "joinable_axes", "lead_axes", "mask_shape"]
 
 Shape = tuple[int, ...]
 
@@ -105,3 +107,33 @@ def check_shape(name: str, shape: Any) -> Shape:
 def is_int(value: Any) -> bool:
     """True for an integer of Python or NumPy that is not a bool."""
     return not isinstance(value, (bool, np.bool_)) and isinstance(value, numbers.Integral)
+
+
+def joinable_axes(shape: Shape, strides: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
+    """Ranges [first, last) of adjacent axes that are one axis in every array: a reshape that joins them is a view.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        The axes, outermost first.
+    strides : sequence of tuple of int
+        For each array its strides along them: 0 where it broadcasts.
+    """
+    if not shape:
+        return []
+    ranges = [(len(shape) - 1, len(shape))]
+    inner = len(shape) - 1  # the outermost axis of the current range that is longer than 1
+    for axis in range(len(shape) - 2, -1, -1):
+        joins = shape[axis] == 1 or shape[inner] == 1 or all(s[axis] == s[inner] * shape[inner] for s in strides)
+        if joins:
+            ranges[-1] = (axis, ranges[-1][1])
+        else:
+            ranges.append((axis, axis + 1))
+        if not joins or shape[axis] > 1:
+            inner = axis
+    return ranges[::-1]
+
+
+def join(shape: Shape, ranges: Sequence[tuple[int, int]]) -> Shape:
+    """The shape with each of the ranges joined to one axis."""
+    return tuple(math.prod(shape[first:last]) for first, last in ranges)

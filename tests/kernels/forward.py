@@ -1,4 +1,4 @@
-"""Runs fwd_sm80 on NumPy arrays: what a plan and its launch will do, by hand."""
+"""Runs fwd_sm80 on NumPy arrays with any tile: the launch by hand, on guarded arrays."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from cupyflash.backends.emulator import Counters, Module, Options, guarded_array, guarded_copy
-from cupyflash.build.params import FWD_PARAMS, layout_checks
-from cupyflash.build.source import KernelSource, render
-
-ELEMENTS = {"float16": "Float16", "bfloat16": "BFloat16"}
+from cupyflash.build.launch import render_kernel
+from cupyflash.build.params import FWD_PARAMS
+from cupyflash.build.source import KernelSource
+from cupyflash.plan.choose import KernelSpec
+from cupyflash.plan.tiles import TileConfig
 
 
 @dataclass(frozen=True)
@@ -24,30 +25,24 @@ class Spec:
     num_warps: int = 4
     has_lower: bool = False
     has_upper: bool = False
+    scale_first: bool = False
+
+    @property
+    def kernel(self) -> KernelSpec:
+        tile = TileConfig(16 * self.num_warps, self.block_n, self.num_warps)
+        features = (self.has_lower, self.has_upper, self.scale_first)
+        return KernelSpec("fwd_sm80", self.dtype, self.head_dim, tile, *features)
 
     @property
     def shared_bytes(self) -> int:
-        return 3 * self.block_n * self.head_dim * 2
+        return self.kernel.shared_bytes
 
     def __str__(self) -> str:
-        mask = ("-lower" if self.has_lower else "") + ("-upper" if self.has_upper else "")
-        return f"fwd_sm80-{self.dtype}-d{self.head_dim}-m{16 * self.num_warps}n{self.block_n}{mask}"
+        return str(self.kernel)
 
 
 def source(spec: Spec) -> KernelSource:
-    constants: dict[str, bool | int | float | str] = {
-        "Element": ELEMENTS[spec.dtype],
-        "kHeadDim": spec.head_dim,
-        "kBlockM": 16 * spec.num_warps,
-        "kBlockN": spec.block_n,
-        "kNumWarps": spec.num_warps,
-        "kSharedBytes": spec.shared_bytes,
-        "kHasLower": spec.has_lower,
-        "kHasUpper": spec.has_upper,
-    }
-    rendered = render("fwd_sm80.cu", constants, ["flash_fwd_sm80"], str(spec))
-    checks = layout_checks("FwdParams", FWD_PARAMS)
-    return KernelSource(rendered.name, rendered.text + checks, rendered.entries)
+    return render_kernel(spec.kernel)
 
 
 @functools.cache
@@ -59,16 +54,18 @@ def launch_arguments(spec, q, k, v, out, lse, lower=0, upper=0, scale=None):
     """The parameter block and the grid. q, k, v, out: (batch, head, row, element), elements contiguous."""
     params = np.zeros((), FWD_PARAMS)
     for name, array in (("q", q), ("k", k), ("v", v), ("out", out)):
-        strides = [stride // array.itemsize for stride in array.strides[:3]]
-        params[name] = (array.ctypes.data, *strides)
+        batch, head, row = (stride // array.itemsize for stride in array.strides[:3])
+        params[name] = (array.ctypes.data, (0, 0, 0, batch), head, row)
     batch_size, num_heads_q, seqlen_q, head_dim = q.shape
     params["lse"] = lse.ctypes.data
-    params["num_heads_q"], params["group_size"] = num_heads_q, num_heads_q // k.shape[1]
+    params["batch_shape"] = (1, 1, 1, batch_size)
+    params["num_heads_q"] = num_heads_q
+    params["group_size_k"], params["group_size_v"] = num_heads_q // k.shape[1], num_heads_q // v.shape[1]
     params["seqlen_q"], params["seqlen_k"] = seqlen_q, k.shape[2]
     params["lower"], params["upper"] = lower, upper
     params["scale"] = head_dim**-0.5 if scale is None else scale
     block_m = 16 * spec.num_warps
-    return params[()], (-(-seqlen_q // block_m), num_heads_q, batch_size)
+    return params[()], (-(-seqlen_q // block_m) * num_heads_q * batch_size,)
 
 
 def forward(spec, q, k, v, *, kernel=None, options: Options | None = None, **keywords):

@@ -28,12 +28,17 @@ ORDER = [
     "problem.problem",
     "problem.checks",
     "problem.normalize",
+    "plan",
+    "plan.device",
+    "plan.tiles",
+    "plan.choose",
     "build",
     "build.source",
     "build.params",
     "build.cache",
     "build.host",
     "build.nvrtc",
+    "build.launch",
     "backends",
     "backends.pool",
     "backends.blas",
@@ -43,6 +48,8 @@ ORDER = [
     "backends.reference",
     "backends.tiled",
     "backends.emulator",
+    "backends.emulated",
+    "backends.cuda",
     "backends.registry",
     "merge",
     "flops",
@@ -56,7 +63,8 @@ ORDER = [
 SHARED = {
     "backends.tiled": {"backends.blas", "backends.block", "backends.pool", "backends.slices"},
     "backends.block": {"backends.scratch", "backends.slices"},
-    "backends.registry": {"backends.reference", "backends.tiled"},
+    "backends.emulated": {"backends.emulator"},
+    "backends.registry": {"backends.cuda", "backends.emulated", "backends.reference", "backends.tiled"},
 }
 
 # What may be imported from outside, beside the standard library.

@@ -67,11 +67,9 @@ def test_an_unsupported_call_prints_the_problem_and_every_reason() -> None:
     half = X.astype(np.float16)
     with pytest.raises(cupyflash.Unsupported) as caught:
         cupyflash.attention(half, half, half, dropout_p=0.5, is_causal=True, backend="constant")
-    assert caught.value.reasons == {
-        "numpy": (),
-        "math": (),
-        "constant": ("it has no float16", "it has no dropout"),
-    }
+    assert caught.value.reasons.keys() == {"numpy", "math", "cuda", "emulator", "constant"}
+    assert caught.value.reasons["numpy"] == caught.value.reasons["math"] == ()
+    assert caught.value.reasons["constant"] == ("it has no float16", "it has no dropout")
     message = str(caught.value)
     for part in (
         "backend 'constant' can't run this call",
@@ -100,4 +98,4 @@ def test_reduced_precision_is_refused_by_both_backends(precision: str) -> None:
     with pytest.raises(cupyflash.Unsupported) as caught:
         cupyflash.attention(X, X, X, precision=precision)
     reason = (f"it has no precision {precision!r}, only 'ieee'",)
-    assert caught.value.reasons == {"numpy": reason, "math": reason}
+    assert caught.value.reasons["numpy"] == caught.value.reasons["math"] == reason

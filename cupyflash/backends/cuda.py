@@ -1,0 +1,90 @@
+"""The `cuda` backend: the kernels on CuPy arrays, on the arrays' device and the caller's current stream.
+
+NVRTC compiles a kernel for the device once; the cubin is kept on disk and loaded with ``cupy.RawModule(path=…)``.  A
+call allocates nothing but its outputs, and a copy of an operand whose rows a kernel can't take; it does not wait for
+the device.  After one call of its kind, which compiles and loads, it can be captured in a CUDA graph.
+
+Nobody has run this on a GPU yet.  What is tested without one: the kernels under the emulator, their compilation for
+every architecture, and, with a stand-in for CuPy, that the launches here are those of the emulator.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import lru_cache
+from typing import Any
+
+from ..build.cache import default_cache
+from ..build.launch import entry_of, launches, prepare, render_kernel
+from ..build.nvrtc import compile_cubin, nvrtc_version
+from ..errors import Unsupported
+from ..plan.choose import KernelSpec, choose, refusals
+from ..plan.device import DeviceSpec
+from ..problem.problem import Buffers, Problem
+
+__all__ = ["CudaBackend"]
+
+
+class CudaBackend:
+    """Runs what the kernels can on a CUDA device of compute capability 8.0 or later."""
+
+    def reasons(self, problem: Problem) -> list[str]:
+        """See `cupyflash.backends.registry.Backend`."""
+        if problem.library != "cupy":
+            return [_why_no_cupy_arrays()]
+        reasons = refusals(problem)
+        try:
+            nvrtc_version()
+        except Unsupported as error:
+            reasons.append(str(error))
+        return reasons
+
+    def run(self, problem: Problem, buffers: Buffers) -> None:
+        """See `cupyflash.backends.registry.Backend`."""
+        cupy, device = problem.namespace, buffers.query.device
+        with device:
+            spec = _device_spec(cupy, device.id)
+            plan = choose(problem, spec)
+            operands = prepare(problem, buffers, _address)
+            for launch, params in launches(problem, plan, operands, _address):
+                kernel = _kernel(cupy, launch.spec, spec.arch, device.id)
+                kernel(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes)
+            if operands.out is not buffers.out:
+                buffers.out[...] = operands.out
+
+
+def _why_no_cupy_arrays() -> str:
+    """For arrays of NumPy: what it takes to have CuPy's."""
+    if importlib.util.find_spec("cupy") is None:
+        return (
+            "it takes CuPy arrays only, and CuPy is not installed: pip install 'cupyflash[cuda13]', or [cuda12], on a "
+            "machine with an NVIDIA GPU"
+        )
+    return "it takes CuPy arrays only: pass cupy.asarray(…)"
+
+
+def _address(array: Any) -> int:
+    address: int = array.data.ptr
+    return address
+
+
+@lru_cache(maxsize=64)
+def _device_spec(cupy: Any, device_id: int) -> DeviceSpec:
+    properties = cupy.cuda.runtime.getDeviceProperties(device_id)
+    return DeviceSpec(
+        name=properties["name"].decode(),
+        cc=(properties["major"], properties["minor"]),
+        sms=properties["multiProcessorCount"],
+        smem_per_block=properties["sharedMemPerBlockOptin"],
+        smem_per_sm=properties["sharedMemPerMultiprocessor"],
+        l2=properties["l2CacheSize"],
+    )
+
+
+@lru_cache(maxsize=1024)
+def _kernel(cupy: Any, spec: KernelSpec, arch: str, device_id: int) -> Any:
+    """The kernel on the current device, loaded, with leave to use its shared memory: both are per device."""
+    binary = compile_cubin(render_kernel(spec), arch, default_cache())
+    kernel = cupy.RawModule(path=str(binary.path)).get_function(entry_of(spec))
+    kernel.max_dynamic_shared_size_bytes = spec.shared_bytes
+    return kernel

@@ -1,0 +1,87 @@
+"""The `emulator` backend: the GPU kernels on NumPy arrays, run on a CPU by an emulator that tries to break them.
+
+It is for tests, for debugging and for teaching; it is thousands of times slower than a GPU.  A race, a deadlock or an
+access out of bounds is raised as `EmulatorError` with the kernel's file and line.  How launches are run is set by the
+environment variable CUPYFLASH_EMULATOR, a list of fields of `cupyflash.backends.emulator.Options`::
+
+    CUPYFLASH_EMULATOR="schedule=random,seed=3,workers=2,race_detector=0,late_landing=0"
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from functools import lru_cache
+from typing import Any
+
+from ..build.host import find_compiler
+from ..build.launch import entry_of, launches, prepare, render_kernel
+from ..errors import Unsupported
+from ..plan.choose import KernelSpec, choose, refusals
+from ..plan.device import EMULATOR
+from ..problem.problem import Buffers, Problem
+from .emulator import Function, Module, Options
+
+__all__ = ["EmulatorBackend", "options_from"]
+
+_ENVIRONMENT = "CUPYFLASH_EMULATOR"
+
+
+class EmulatorBackend:
+    """Runs what the kernels can; compiles each of them once with the host's C++ compiler."""
+
+    def reasons(self, problem: Problem) -> list[str]:
+        """See `cupyflash.backends.registry.Backend`."""
+        if problem.library != "numpy":
+            return ["it takes NumPy arrays only"]
+        reasons = refusals(problem)
+        try:
+            find_compiler()
+        except Unsupported as error:
+            reasons.append(str(error))
+        return reasons
+
+    def run(self, problem: Problem, buffers: Buffers) -> None:
+        """See `cupyflash.backends.registry.Backend`."""
+        options = options_from(os.environ.get(_ENVIRONMENT, ""))
+        plan = choose(problem, EMULATOR)
+        operands = prepare(problem, buffers, _address)
+        for launch, params in launches(problem, plan, operands, _address):
+            kernel = _kernel(launch.spec)
+            kernel(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes, options=options)
+        if operands.out is not buffers.out:
+            buffers.out[...] = operands.out
+
+
+@lru_cache(maxsize=256)
+def _kernel(spec: KernelSpec) -> Function:
+    return Module(render_kernel(spec)).get_function(entry_of(spec))
+
+
+def _address(array: Any) -> int:
+    address: int = array.ctypes.data
+    return address
+
+
+def options_from(text: str) -> Options:
+    """The options of a text like "schedule=random,seed=3"; numbers and bools are integers.
+
+    Raises
+    ------
+    ValueError
+        A field that is unknown or twice there, or a value that is not one of its values.
+    """
+    default = Options()
+    chosen: dict[str, Any] = {}
+    for item in filter(None, map(str.strip, text.split(","))):
+        name, _, value = item.partition("=")
+        if name in chosen or name not in [field.name for field in fields(Options)]:
+            known = ", ".join(field.name for field in fields(Options))
+            raise ValueError(f"{_ENVIRONMENT} must set each of {known} once at most, but was {text!r}")
+        kind = type(getattr(default, name))
+        if kind is not str and not (value.isdecimal() and (kind is int or value in "01")):
+            raise ValueError(
+                f"{_ENVIRONMENT} must set {name} to {'0 or 1' if kind is bool else 'an integer'}: {text!r}"
+            )
+        chosen[name] = value if kind is str else kind(int(value))
+    return Options(**chosen)
