@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import settings
 
-from cupyflash.testing import DTYPES, Case, MaskSpec, SinkSpec
+from cupyflash.testing import DTYPES, LAYOUTS, Case, MaskSpec, SinkSpec
 
 
 @dataclass(frozen=True)
@@ -20,18 +20,37 @@ class Capabilities:
 
     dtypes: tuple[str, ...] = tuple(DTYPES)
     refuses: frozenset[str] = frozenset()
+    head_dims: tuple[int, ...] = ()  # for key and value alike; none named: any
 
     def refused_features(self, case: Case) -> set[str]:
-        return {name for name in self.refuses if getattr(case, name)} | ({case.dtype} - set(self.dtypes))
+        features = {name for name in self.refuses if getattr(case, name)} | ({case.dtype} - set(self.dtypes))
+        head_dim, head_dim_v = case.query_shape[-1], case.value_shape[-1]
+        if self.head_dims and (head_dim != head_dim_v or head_dim not in self.head_dims):
+            features.add(f"head dims {head_dim} and {head_dim_v}")
+        return features
 
 
+#: Backends that run any call.
 BACKENDS: dict[str, Capabilities] = {
     "math": Capabilities(),
     "numpy": Capabilities(),
 }
 
+#: Backends that run the GPU kernels. Calls are refused all over the op body; tests/ops/conftest.py lets a refusal pass.
+KERNEL_BACKENDS: dict[str, Capabilities] = {
+    "emulator": Capabilities(
+        dtypes=("float16", "bfloat16"),
+        refuses=frozenset(
+            ("masks", "score_mod", "mask_mod", "softcap", "alibi_shape", "sinks", "dropout_p", "return_weights")
+        ),
+        head_dims=(64, 128),
+    ),
+}
 
-on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
+CAPABILITIES = BACKENDS | KERNEL_BACKENDS
+
+on_every_backend = pytest.mark.parametrize("backend", CAPABILITIES)
+on_kernel_backends = pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 
 
 def examples(share: float) -> settings:
@@ -527,6 +546,76 @@ DROPOUT = {
     ),
 }
 
+# What the GPU kernels run: head dims and dtypes that they have, lengths around the ends of their tiles.
+KERNELS = (
+    {
+        f"kernel-{dtype}-d{head_dim}-{what}": heads(1, 2, *lengths, head_dim, dtype=dtype, **arguments)
+        for dtype in ("float16", "bfloat16")
+        for head_dim in (64, 128)
+        for what, lengths, arguments in (
+            ("full", (65, 130), {}),
+            ("one-row", (1, 190), {}),
+            ("causal", (130, 130), {"is_causal": True}),
+            ("causal-bottom-right", (70, 200), {"is_causal": True, "align": "bottom_right"}),
+            ("causal-rows-without-keys", (200, 70), {"is_causal": True, "align": "bottom_right"}),
+            ("window", (140, 150), {"window": (20, 70)}),
+            ("window-open-to-the-right", (140, 150), {"window": (20, None)}),
+            ("window-open-to-the-left", (140, 150), {"window": (None, 5), "align": -7}),
+            ("window-far-off", (140, 150), {"window": (2, 2), "align": 120}),
+            ("scale-0", (20, 70), {"scale": 0, "is_causal": True}),
+            ("negative-scale", (70, 140), {"scale": -0.3, "is_causal": True}),
+            ("tiny-scale", (20, 70), {"scale": 1e-30, "is_causal": True}),
+            ("huge-scale", (20, 70), {"scale": 1e22, "magnitude": 1e-9 if dtype == "bfloat16" else 1e-3}),
+        )
+    }
+    | {
+        f"kernel-{dtype}-{values}-scores": heads(1, 1, 37, 300, 64, dtype=dtype, values=values, is_causal=is_causal)
+        for dtype in ("float16", "bfloat16")
+        for values, is_causal in (("rising", False), ("falling", False), ("jumping", False), ("rising", True))
+    }
+    | {
+        f"kernel-{layout}": heads(2, 3, 6, 9, 64, dtype="float16", layouts=(layout,) * 3, is_causal=True)
+        for layout in LAYOUTS
+    }
+    | {
+        f"kernel-{hq}-query-{hk}-key-{hv}-value-heads": Case(
+            query_shape=(2, hq, 5, 64),
+            key_shape=(2, hk, 70, 64),
+            value_shape=(2, hv, 70, 64),
+            enable_gqa=True,
+            dtype="float16",
+        )
+        for hq, hk, hv in ((4, 2, 2), (4, 1, 1), (4, 1, 4), (12, 4, 6), (6, 3, 2))
+    }
+    | {
+        f"kernel-{name}": Case(
+            query_shape=(*query, 5, 64), key_shape=(*key, 7, 64), value_shape=(*value, 7, 64), dtype="bfloat16"
+        )
+        for name, query, key, value in (
+            ("2-D", (), (), ()),
+            ("3-D", (3,), (3,), (3,)),
+            ("7-D", (1, 2, 1, 2, 3), (1, 2, 1, 2, 3), (1, 2, 1, 2, 3)),
+            ("four-batch-axes", (2, 1, 2, 1, 2), (1, 3, 1, 2, 2), (2, 3, 1, 1, 2)),
+            ("query-without-leading-dims", (), (2, 3), (2, 3)),
+            ("each-operand-broadcasts-along-another-dim", (2, 1, 1), (1, 3, 1), (1, 1, 4)),
+            ("value-alone-has-a-batch", (), (), (4,)),
+            ("one-head-for-all", (2, 4), (2, 1), (2, 1)),
+            ("no-batch", (0, 2), (0, 2), (0, 2)),
+            ("no-heads", (2, 0), (2, 0), (2, 0)),
+        )
+    }
+    | {
+        "kernel-no-keys": heads(2, 2, 5, 0, 64, dtype="float16"),
+        "kernel-no-keys-causal": heads(2, 2, 5, 0, 64, dtype="float16", is_causal=True, window=(3, 3)),
+        "kernel-no-queries": heads(2, 2, 0, 7, 64, dtype="float16"),
+        "kernel-float16-scores-beyond-its-range": heads(1, 2, 20, 30, 64, dtype="float16", magnitude=300.0),
+        "kernel-without-lse": heads(1, 2, 20, 30, 64, dtype="float16", return_lse=False),
+        "kernel-many-tiles": heads(2, 3, 300, 300, 64, dtype="float16", is_causal=True),
+        "kernel-shift-far-right": heads(1, 1, 6, 9, 64, dtype="float16", is_causal=True, align=2**31 - 1),
+        "kernel-shift-far-left": heads(1, 1, 6, 9, 64, dtype="float16", is_causal=True, align=-(2**31)),
+    }
+)
+
 CASES: dict[str, Case] = {}
 for table in (
     SHAPES,
@@ -539,6 +628,7 @@ for table in (
     BANDS,
     SCORE_ARGUMENTS,
     DROPOUT,
+    KERNELS,
 ):
     assert not CASES.keys() & table.keys(), CASES.keys() & table.keys()
     CASES |= table

@@ -111,8 +111,9 @@ def _forward_params(problem: Problem, operands: Operands, address: Callable[[Any
         problem.num_heads_q // problem.num_heads_v,
         problem.seqlen_q,
         problem.seqlen_k,
-        problem.band.lower or 0,
-        problem.band.upper or 0,
+        # The kernel may look at a bound that the band lacks: then at one that removes nothing.
+        -problem.seqlen_q if problem.band.lower is None else problem.band.lower,
+        problem.seqlen_k if problem.band.upper is None else problem.band.upper,
         problem.scale,
     )
     with np.errstate(over="ignore", under="ignore"):  # a scale beyond float32 is 0 or infinite there

@@ -18,14 +18,22 @@ from .tiles import TILES, TileConfig, tiles_for
 
 __all__ = ["KernelSpec", "Launch", "Plan", "Selector", "choose", "choose_spec", "every_spec", "refusals"]
 
-# The kernel's indices are int32, and a band's bounds are added to them.
-_MAX_LENGTH = 2**30
+# The kernel's indices are int32, and a band's bounds, which the lengths bound, are added to them.
+_MAX_LENGTH = 2**30 - 1
 _MAX_BLOCKS = 2**31 - 1
 # Where scale · log2(e) and the scores keep far from float32's ends, it is folded into the exponent.
 _FOLDED_SCALES = (2.0**-64, 2.0**64)
 
 _SHORT_NAMES = {"float16": "f16", "bfloat16": "bf16"}
-_BANDS = {(False, False): "", (False, True): "-causal", (True, False): "-anticausal", (True, True): "-window"}
+
+# (has_lower, has_upper, scale_first) by the name that a spec shows.  What is rare shares the kernel that is bounded on
+# both sides: a window that is open to the right, and a scale that can't be folded.
+_FEATURES = {
+    "": (False, False, False),
+    "-causal": (False, True, False),
+    "-window": (True, True, False),
+    "-scalefirst": (True, True, True),
+}
 
 
 @dataclass(frozen=True)
@@ -34,9 +42,7 @@ class Selector:
 
     dtype: str
     head_dim: int
-    has_lower: bool
-    has_upper: bool
-    scale_first: bool
+    features: str
     fills_device: bool  # the wide tile makes at least one block for each SM
 
 
@@ -53,7 +59,7 @@ class KernelSpec:
     head_dim : int
     tile : TileConfig
     has_lower, has_upper : bool
-        Whether the band of keys that take part is bounded on either side.
+        Whether the band of keys that take part may be bounded on either side.
     scale_first : bool
         Scores are multiplied by the scale before the softmax rather than within its exponent: right for any scale.
     """
@@ -72,8 +78,9 @@ class KernelSpec:
         return self.tile.shared_bytes(self.head_dim)
 
     def __str__(self) -> str:
-        features = _BANDS[self.has_lower, self.has_upper] + ("-scalefirst" if self.scale_first else "")
-        return f"{self.family}-{_SHORT_NAMES[self.dtype]}-d{self.head_dim}-{self.tile}{features}"
+        features = (self.has_lower, self.has_upper, self.scale_first)
+        name = next((name for name, known in _FEATURES.items() if known == features), f"-{features}")
+        return f"{self.family}-{_SHORT_NAMES[self.dtype]}-d{self.head_dim}-{self.tile}{name}"
 
 
 @dataclass(frozen=True)
@@ -139,9 +146,7 @@ def choose(problem: Problem, device: DeviceSpec) -> Plan:
     selector = Selector(
         dtype=problem.dtype,
         head_dim=problem.head_dim,
-        has_lower=problem.band.lower is not None,
-        has_upper=problem.band.upper is not None,
-        scale_first=not _FOLDED_SCALES[0] <= problem.scale <= _FOLDED_SCALES[1],
+        features=_features(problem),
         fills_device=_num_blocks(problem, widest) >= device.sms,
     )
     spec, reasons = choose_spec(selector, device)
@@ -165,16 +170,7 @@ def choose_spec(selector: Selector, device: DeviceSpec) -> tuple[KernelSpec | No
         return None, tuple(reason for reasons in refused.values() for reason in reasons)
     # Best first; where the best would leave SMs idle, the one that makes the most blocks.
     tile = legal[0] if selector.fills_device else min(legal, key=lambda tile: tile.block_m)
-    spec = KernelSpec(
-        "fwd_sm80",
-        selector.dtype,
-        selector.head_dim,
-        tile,
-        selector.has_lower,
-        selector.has_upper,
-        selector.scale_first,
-    )
-    return spec, ()
+    return KernelSpec("fwd_sm80", selector.dtype, selector.head_dim, tile, *_FEATURES[selector.features]), ()
 
 
 def every_spec() -> Iterator[KernelSpec]:
@@ -182,9 +178,16 @@ def every_spec() -> Iterator[KernelSpec]:
     for row in TILES:
         for tile in row.tiles:
             for dtype in _SHORT_NAMES:
-                for has_lower, has_upper in _BANDS:
-                    for scale_first in (False, True):
-                        yield KernelSpec(row.family, dtype, row.head_dim, tile, has_lower, has_upper, scale_first)
+                for features in _FEATURES.values():
+                    yield KernelSpec(row.family, dtype, row.head_dim, tile, *features)
+
+
+def _features(problem: Problem) -> str:
+    if not _FOLDED_SCALES[0] <= problem.scale <= _FOLDED_SCALES[1]:
+        return "-scalefirst"
+    if problem.band.lower is not None:
+        return "-window"
+    return "" if problem.band.upper is None else "-causal"
 
 
 def _num_blocks(problem: Problem, block_m: int) -> int:

@@ -54,9 +54,9 @@ class TileRow:
     tiles: tuple[TileConfig, ...]
 
 
-# Eight warps read K and V half as often as four do, from the caches and from shared memory's writers; four warps make
-# twice as many blocks, for problems that would leave SMs idle.  Both hold 48 KiB at head dim 128, so that two blocks
-# fit in the 100 KiB of an SM of sm_86, sm_89 and sm_120.
+# Eight warps fetch K and V half as often as four do; four warps make twice as many blocks, for problems that would
+# leave SMs idle.  At head dim 128 either takes 48 KiB and, as compiled, 255 registers a thread: one block of eight
+# warps or two of four per SM, also in the 100 KiB of sm_86, sm_89 and sm_120.
 _WIDE, _NARROW = TileConfig(128, 64, 8), TileConfig(64, 64, 4)
 
 TILES: tuple[TileRow, ...] = (
