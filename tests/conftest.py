@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import shutil
-from collections.abc import Collection
-from typing import Protocol, TypeVar
+from collections.abc import Collection, Iterator
+from typing import Any, Protocol, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from cupyflash.backends.emulator import Function
+
 T = TypeVar("T")
 
+EMULATED = pytest.StashKey[int]()
 REQUIREMENTS = ("cxx", "nvrtc", "gpu")
 
 # No deadlines anywhere: a busy machine is not a bug.
@@ -72,3 +76,23 @@ def cxx(require: Require) -> list[str]:
         return require("cxx", found, f"CXX={os.environ['CXX']!r} is not a program on PATH")
     found = next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
     return require("cxx", found, "none of c++, g++ and clang++ is on PATH, and CXX is not set")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def emulated_launches(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Counts the kernel launches of the emulator; the run's summary names the number."""
+    plain = Function.__call__
+
+    @functools.wraps(plain)
+    def counting(self: Function, *args: Any, **kwargs: Any) -> Any:
+        pytestconfig.stash[EMULATED] = pytestconfig.stash.get(EMULATED, 0) + 1
+        return plain(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Function, "__call__", counting)
+        yield
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if number := config.stash.get(EMULATED, 0):
+        terminalreporter.write_line(f"emulator: {number} kernel launches")

@@ -6,11 +6,17 @@ functions that are named here and no others; each name was looked up in CuPy 14.
 
 from __future__ import annotations
 
+import contextlib
 import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
+
+from cupyflash.plan.device import DEVICES, DeviceSpec
 
 FUNCTIONS = [
     "abs",
@@ -37,13 +43,131 @@ ATTRIBUTES = ["dtype", "flags", "itemsize", "ndim", "shape", "size", "strides"]
 METHODS = ["any", "astype", "item", "max", "ravel", "reshape", "sum", "swapaxes"]
 
 
+class Device:
+    """Stands in for cupy.cuda.Device: current while it is entered."""
+
+    current = 0
+
+    def __init__(self, device_id: int) -> None:
+        self.id = device_id
+        self._outer: list[int] = []
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Device) and other.id == self.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __str__(self) -> str:
+        return f"stand-in device {self.id}"
+
+    def __enter__(self) -> Device:
+        self._outer.append(Device.current)
+        Device.current = self.id
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        Device.current = self._outer.pop()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a kernel was launched with."""
+
+    name: str
+    cubin: bytes
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    params: bytes
+    shared_mem: int
+    device: int
+    stream: str
+
+
+@dataclass
+class Gpu:
+    """What the machine would see: modules loaded and kernels launched, in order."""
+
+    spec: DeviceSpec
+    launches: list[Launch] = field(default_factory=list)
+    loaded: list[tuple[int, str]] = field(default_factory=list)  # device, entry
+    stream: str = "null"
+
+    @contextlib.contextmanager
+    def on_stream(self, name: str) -> Iterator[None]:
+        """Make the stream the current one, as ``with cupy.cuda.Stream()`` does."""
+        outer, self.stream = self.stream, name
+        yield
+        self.stream = outer
+
+
+class _Kernel:
+    """Stands in for cupy.RawKernel.  Attributes and code are those of one device, as in CuPy."""
+
+    def __init__(self, gpu: Gpu, name: str, cubin: bytes) -> None:
+        self._gpu, self._name, self._cubin = gpu, name, cubin
+        self._shared_limits: dict[int, int] = {}
+
+    @property
+    def max_dynamic_shared_size_bytes(self) -> int:
+        return self._shared_limits.get(Device.current, 48 << 10)
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, size: int) -> None:
+        assert size <= self._gpu.spec.smem_per_block
+        self._gpu.loaded.append((Device.current, self._name))
+        self._shared_limits[Device.current] = size
+
+    def __call__(
+        self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], *, shared_mem: int = 0
+    ) -> None:
+        assert Device.current in self._shared_limits, "the limit is per device"
+        assert shared_mem <= self.max_dynamic_shared_size_bytes
+        (params,) = args
+        assert isinstance(params, np.void)  # a structure by value
+        launch = Launch(
+            self._name, self._cubin, grid, block, params.tobytes(), shared_mem, Device.current, self._gpu.stream
+        )
+        self._gpu.launches.append(launch)
+
+
+def _raw_module(gpu: Gpu) -> Any:
+    def raw_module(*, path: str) -> types.SimpleNamespace:
+        cubin = Path(path).read_bytes()
+        return types.SimpleNamespace(get_function=lambda name: _Kernel(gpu, name, cubin))
+
+    return raw_module
+
+
+def _cuda(gpu: Gpu) -> types.SimpleNamespace:
+    def properties(device_id: int) -> dict[str, Any]:
+        spec = gpu.spec
+        return {
+            "name": spec.name.encode(),
+            "major": spec.cc[0],
+            "minor": spec.cc[1],
+            "multiProcessorCount": spec.sms,
+            "sharedMemPerBlockOptin": spec.smem_per_block,
+            "sharedMemPerMultiprocessor": spec.smem_per_sm,
+            "l2CacheSize": spec.l2,
+        }
+
+    return types.SimpleNamespace(runtime=types.SimpleNamespace(getDeviceProperties=properties))
+
+
 class Array(NDArrayOperatorsMixin):
     """Stands in for cupy.ndarray."""
 
     def __init__(self, memory: np.ndarray) -> None:
         self.memory = memory
 
-    device = "stand-in device 0"
+    @property
+    def device(self) -> Device:
+        return Device(0)
+
+    @property
+    def data(self) -> types.SimpleNamespace:
+        return types.SimpleNamespace(ptr=self.memory.ctypes.data)
 
     def __array__(self, *args: object, **kwargs: object) -> np.ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed.")
@@ -66,9 +190,21 @@ class Array(NDArrayOperatorsMixin):
         self.memory[_unwrap(index)] = _unwrap(value)
 
 
-def make_module() -> types.ModuleType:
-    """A module to be put into sys.modules as cupy."""
+class ArrayElsewhere(Array):
+    """An array on the second device."""
+
+    @property
+    def device(self) -> Device:
+        return Device(1)
+
+
+def make_module(spec: DeviceSpec = DEVICES["H200"]) -> types.ModuleType:
+    """A module to be put into sys.modules as cupy; its attribute `gpu` records what was launched."""
     module = types.ModuleType("cupy")
+    gpu = Gpu(spec)
+    module.gpu = gpu  # type: ignore[attr-defined]
+    module.RawModule = _raw_module(gpu)  # type: ignore[attr-defined]
+    module.cuda = _cuda(gpu)  # type: ignore[attr-defined]
     module.ndarray = Array  # type: ignore[attr-defined]
     for name in CONSTANTS:
         setattr(module, name, getattr(np, name))

@@ -26,14 +26,14 @@ _FOLDED_SCALES = (2.0**-64, 2.0**64)
 
 _SHORT_NAMES = {"float16": "f16", "bfloat16": "bf16"}
 
-# (has_lower, has_upper, scale_first) by the name that a spec shows.  What is rare shares the kernel that is bounded on
+# (has_lower, has_upper, scale_first) of the kernels that there are.  What is rare shares the one that is bounded on
 # both sides: a window that is open to the right, and a scale that can't be folded.
-_FEATURES = {
-    "": (False, False, False),
-    "-causal": (False, True, False),
-    "-window": (True, True, False),
-    "-scalefirst": (True, True, True),
-}
+_FEATURES = (_FULL, _CAUSAL, _WINDOW, _ANY_SCALE) = (
+    (False, False, False),
+    (False, True, False),
+    (True, True, False),
+    (True, True, True),
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Selector:
 
     dtype: str
     head_dim: int
-    features: str
+    features: tuple[bool, bool, bool]  # has_lower, has_upper, scale_first of the KernelSpec
     fills_device: bool  # the wide tile makes at least one block for each SM
 
 
@@ -78,9 +78,9 @@ class KernelSpec:
         return self.tile.shared_bytes(self.head_dim)
 
     def __str__(self) -> str:
-        features = (self.has_lower, self.has_upper, self.scale_first)
-        name = next((name for name, known in _FEATURES.items() if known == features), f"-{features}")
-        return f"{self.family}-{_SHORT_NAMES[self.dtype]}-d{self.head_dim}-{self.tile}{name}"
+        bounds = {(False, False): "", (False, True): "-causal", (True, False): "-lower", (True, True): "-window"}
+        features = bounds[self.has_lower, self.has_upper] + ("-scalefirst" if self.scale_first else "")
+        return f"{self.family}-{_SHORT_NAMES[self.dtype]}-d{self.head_dim}-{self.tile}{features}"
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def choose_spec(selector: Selector, device: DeviceSpec) -> tuple[KernelSpec | No
         return None, tuple(reason for reasons in refused.values() for reason in reasons)
     # Best first; where the best would leave SMs idle, the one that makes the most blocks.
     tile = legal[0] if selector.fills_device else min(legal, key=lambda tile: tile.block_m)
-    return KernelSpec("fwd_sm80", selector.dtype, selector.head_dim, tile, *_FEATURES[selector.features]), ()
+    return KernelSpec("fwd_sm80", selector.dtype, selector.head_dim, tile, *selector.features), ()
 
 
 def every_spec() -> Iterator[KernelSpec]:
@@ -178,16 +178,16 @@ def every_spec() -> Iterator[KernelSpec]:
     for row in TILES:
         for tile in row.tiles:
             for dtype in _SHORT_NAMES:
-                for features in _FEATURES.values():
+                for features in _FEATURES:
                     yield KernelSpec(row.family, dtype, row.head_dim, tile, *features)
 
 
-def _features(problem: Problem) -> str:
+def _features(problem: Problem) -> tuple[bool, bool, bool]:
     if not _FOLDED_SCALES[0] <= problem.scale <= _FOLDED_SCALES[1]:
-        return "-scalefirst"
+        return _ANY_SCALE
     if problem.band.lower is not None:
-        return "-window"
-    return "" if problem.band.upper is None else "-causal"
+        return _WINDOW
+    return _FULL if problem.band.upper is None else _CAUSAL
 
 
 def _num_blocks(problem: Problem, block_m: int) -> int:

@@ -75,11 +75,12 @@ def test_out_and_weights_and_merge() -> None:
     np.testing.assert_allclose(merged.memory, out.memory, rtol=1e-5, atol=1e-6)
 
 
-def test_default_backend_says_that_kernels_are_missing_and_names_math() -> None:
+def test_what_the_default_backend_cannot_run_is_refused_and_math_is_named() -> None:
     with pytest.raises(cupyflash.Unsupported) as caught:
         cupyflash.attention(Array(QUERY), Array(QUERY), Array(QUERY))
     message = str(caught.value)
-    assert "'cuda'" in message
+    assert "backend 'cuda' can't run this call" in message
+    assert "cuda: it has no float32, only float16 and bfloat16; it has the head dims 64, 128, but E was 8" in message
     assert 'backend="math"' in message
     assert "L=9 S=9 E=8" in message
     assert set(caught.value.reasons) >= {"cuda", "numpy", "math"}
@@ -99,8 +100,7 @@ def test_libraries_do_not_mix() -> None:
 
 
 def test_arrays_on_different_devices_are_refused() -> None:
-    elsewhere = Array(QUERY)
-    elsewhere.device = "stand-in device 1"
+    elsewhere = cupy_stand_in.ArrayElsewhere(QUERY)
     with pytest.raises(ValueError, match="all arrays must be on query's device"):
         cupyflash.attention(Array(QUERY), elsewhere, Array(QUERY), backend="math")
 

@@ -1,0 +1,192 @@
+"""The `cuda` backend without a GPU: what it compiles, loads and launches, told by a stand-in for CuPy.
+
+Each launch is compared with the emulator's launch of the same arrays: grid, block, shared memory and every byte of the
+parameters.  What the kernel then does is the emulator's tests' matter.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cupyflash
+from cupyflash.backends import emulated, emulator
+from cupyflash.build import launch as launching
+from cupyflash.build.cache import Cache
+from cupyflash.build.launch import render_kernel
+from cupyflash.build.nvrtc import compile_cubin
+from cupyflash.build.params import FWD_PARAMS
+from cupyflash.plan.choose import KernelSpec
+from cupyflash.plan.device import DEVICES, EMULATOR
+from cupyflash.plan.tiles import TileConfig
+from cupyflash.testing import Case, random_case
+from tests import cupy_stand_in
+from tests.cases import KERNELS, heads
+from tests.conftest import Require
+from tests.cupy_stand_in import Array, ArrayElsewhere, Device, Gpu
+from tests.fuzz.test_emulator_backend import REFUSED
+
+
+@pytest.fixture(autouse=True)
+def nvrtc(require: Require) -> Any:
+    from cupyflash.build.nvrtc import nvrtc_version
+
+    try:
+        return require("nvrtc", nvrtc_version(), "")
+    except cupyflash.Unsupported as error:
+        return require("nvrtc", None, str(error))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """A GPU that chooses the kernels that the emulator chooses."""
+    return install(monkeypatch, EMULATOR)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, spec: Any) -> Gpu:
+    monkeypatch.delenv("CUPYFLASH_BACKEND", raising=False)
+    module = cupy_stand_in.make_module(spec)
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    gpu: Gpu = module.gpu
+    return gpu
+
+
+def on_gpu(arguments: dict[str, Any], kind: Any = Array) -> dict[str, Any]:
+    return {name: kind(x) if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
+
+
+def call(lengths: tuple[int, int] = (70, 90), **more: Any) -> dict[str, Any]:
+    return heads(1, 2, *lengths, 64, dtype="float16", **more).arguments()
+
+
+def emulated_launch(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """(name, grid, block, parameters, shared memory) of the emulator's launches; the kernels do not run."""
+    met: list[tuple[Any, ...]] = []
+
+    class Recorder:
+        def __init__(self, spec: KernelSpec) -> None:
+            self.name = launching.entry_of(spec)
+
+        def __call__(self, grid: Any, block: Any, args: Any, *, shared_mem: int, options: emulator.Options) -> None:
+            met.append((self.name, grid, block, args[0], shared_mem))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(emulated, "_kernel", Recorder)
+        cupyflash.attention(**arguments, backend="emulator")
+    return met
+
+
+def check_launches(case: Case, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = case.arguments()
+    shape = (*case.batch_shape, case.query_shape[-2], case.value_shape[-1])
+    arguments["out"] = np.empty(shape, arguments["query"].dtype)
+    gpu.launches.clear()
+    cupyflash.attention(**on_gpu(arguments))
+    expected = emulated_launch(arguments, monkeypatch)
+    assert len(gpu.launches) == len(expected)
+    for launch, (name, grid, block, params, shared_mem) in zip(gpu.launches, expected, strict=True):
+        assert (launch.name, launch.grid, launch.block, launch.shared_mem) == (name, grid, block, shared_mem)
+        met = np.frombuffer(launch.params, FWD_PARAMS)[0]
+        for field in FWD_PARAMS.names or ():
+            if field == "lse":  # each call makes its own
+                assert (met[field] != 0) == case.return_lse == (params[field] != 0)
+            elif field in ("q", "k", "v", "out"):
+                check_tensor(met[field], params[field])
+            else:
+                assert (met[field] == params[field]).all(), field
+
+
+def check_tensor(met: np.void, expected: np.void) -> None:
+    for name in ("batch_strides", "head_stride", "row_stride"):
+        assert (met[name] == expected[name]).all(), name
+    assert met["data"] != 0
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_launch_is_that_of_the_emulator(name: str, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_launches(KERNELS[name], gpu, monkeypatch)
+
+
+def test_pointers_are_those_of_the_arrays(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no operand is copied, all bytes are equal."""
+    arguments = call(return_lse=False)
+    arguments["query"] = arguments["query"][..., ::-1, :]
+    arguments["out"] = np.empty((1, 2, 70, 64), np.float16)
+    cupyflash.attention(**on_gpu(arguments))
+    ((*_, params, _),) = emulated_launch(arguments, monkeypatch)
+    (launch,) = gpu.launches
+    assert launch.params == params.tobytes()
+    met = np.frombuffer(launch.params, FWD_PARAMS)[0]
+    for field, name in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out")):
+        assert met[field]["data"] == arguments[name].ctypes.data
+    assert met["q"]["row_stride"] == -64
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_launches(seed: int, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = random_case(np.random.default_rng(seed), dtype="float16", **REFUSED)
+    names = ("query_shape", "key_shape", "value_shape")
+    check_launches(replace(case, **{name: (*getattr(case, name)[:-1], 64) for name in names}), gpu, monkeypatch)
+
+
+def test_the_current_stream_and_the_arrays_device(gpu: Gpu) -> None:
+    arguments = call()
+    cupyflash.attention(**on_gpu(arguments))
+    with gpu.on_stream("mine"):
+        cupyflash.attention(**on_gpu(arguments, ArrayElsewhere))
+    assert [(launch.device, launch.stream) for launch in gpu.launches] == [(0, "null"), (1, "mine")]
+    assert Device.current == 0
+
+
+def test_a_kernel_is_loaded_once_for_each_device(gpu: Gpu) -> None:
+    arguments = call()
+    for kind in (Array, ArrayElsewhere, Array, ArrayElsewhere):
+        cupyflash.attention(**on_gpu(arguments, kind))
+    assert gpu.loaded == [(0, "flash_fwd_sm80"), (1, "flash_fwd_sm80")]
+
+
+def test_the_cubin_is_the_compilers_for_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    for device in ("A100", "H200", "RTX 5090"):
+        gpu = install(monkeypatch, DEVICES[device])
+        cupyflash.attention(**on_gpu(call()))
+        spec = KernelSpec("fwd_sm80", "float16", 64, TileConfig(64, 64, 4))
+        expected = compile_cubin(render_kernel(spec), DEVICES[device].arch, Cache(tmp_path))
+        assert gpu.launches[0].cubin == expected.path.read_bytes()
+
+
+def test_a_gpu_without_kernels_names_math(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, DEVICES["T4"])
+    with pytest.raises(cupyflash.Unsupported, match=r"no kernel runs on T4.*backend=\"math\""):
+        cupyflash.attention(**on_gpu(call()))
+
+
+def test_nothing_to_compute_launches_nothing(gpu: Gpu) -> None:
+    out, lse = cupyflash.attention(**on_gpu(call((0, 5))))
+    assert (out.shape, lse.shape) == ((1, 2, 0, 64), (1, 2, 0))
+    assert not gpu.launches
+
+
+def test_an_out_that_kernels_cannot_write_gets_a_copy(gpu: Gpu) -> None:
+    memory = np.full((1, 2, 70, 128), 7, np.float16)
+    arguments = on_gpu(call(return_lse=False)) | {"out": Array(memory[..., ::2])}
+    assert cupyflash.attention(**arguments) is arguments["out"]
+    met = np.frombuffer(gpu.launches[0].params, FWD_PARAMS)[0]
+    assert met["out"]["data"] != memory.ctypes.data
+    assert met["out"]["row_stride"] == 64
+    assert (memory[..., 1::2] == 7).all()
+
+
+def test_without_nvrtc_the_error_says_what_to_install(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cupyflash.backends import cuda
+
+    def missing() -> None:
+        raise cupyflash.Unsupported("kernels cannot be compiled: …; pip install 'cupyflash[nvrtc]'", {"cuda": ["…"]})
+
+    monkeypatch.setattr(cuda, "nvrtc_version", missing)
+    with pytest.raises(cupyflash.Unsupported, match=r"cuda: kernels cannot be compiled: …; pip install .*") as caught:
+        cupyflash.attention(**on_gpu(call()))
+    assert 'math: it can run this: pass backend="math"' in str(caught.value)
