@@ -68,8 +68,8 @@ static_assert(SharedStorage::kBytes == Config::kSharedBytes, "the launch asks fo
 
 struct Forward {
   const FwdParams& params;
-  FwdWork work;
-  int warp_row;  // the first of the warp's rows, in the tile
+  int row_begin;  // the first of the block's rows, in the sequence
+  int warp_row;   // the first of the warp's rows, in the tile
   HeadRows k;
   HeadRows v;
   float scale_log2;
@@ -78,9 +78,9 @@ struct Forward {
   float o_frag[Traits::kOutTiles][4];
   RowState state;
 
-  __device__ __forceinline__ Forward(const FwdParams& params)
+  __device__ __forceinline__ Forward(const FwdParams& params, const FwdWork& work)
       : params(params),
-        work(FwdWork::of_block<Config>(params)),
+        row_begin(work.row_begin),
         warp_row(16 * isa::warp_index()),
         k(head_rows(params, params.k, work.batch, work.head / params.group_size_k)),
         v(head_rows(params, params.v, work.batch, work.head / params.group_size_v)),
@@ -100,9 +100,9 @@ struct Forward {
   }
 
   // Q into registers, and the first tile of K under way: to buffer 0, since Q lies in buffer 1.
-  __device__ __forceinline__ void load_q(int first_tile) {
+  __device__ __forceinline__ void load_q(const FwdWork& work, int first_tile) {
     const HeadRows q = head_rows(params, params.q, work.batch, work.head);
-    load_tile<Traits::QTile, Traits::kNumThreads>(SharedStorage::q(), q, work.row_begin, params.seqlen_q);
+    load_tile<Traits::QTile, Traits::kNumThreads>(SharedStorage::q(), q, row_begin, params.seqlen_q);
     isa::cp_async_commit();
     copy_tile(SharedStorage::k(0), k, first_tile);
     isa::cp_async_wait<1>();
@@ -129,7 +129,7 @@ struct Forward {
     multiply_q_k<Config, Traits::KTile>(s_frag, q_frag, SharedStorage::k(step % 2));
     if constexpr (Config::kScaleFirst) scale_scores(s_frag, params.scale);
     if constexpr (kMasked) {
-      mask_scores<Config>(s_frag, params, work.row_begin + warp_row, tile * Config::kBlockN);
+      mask_scores<Config>(s_frag, params, row_begin + warp_row, tile * Config::kBlockN);
     }
     online_softmax<Config::kScaleFirst>(s_frag, o_frag, state, scale_log2);
 
@@ -139,8 +139,10 @@ struct Forward {
   }
 
   __device__ __forceinline__ void finish() {
+    // Found again rather than kept: the loop needs the registers.
+    const FwdWork work = FwdWork::of_block<Config>(params);
     normalize(o_frag, state);
-    const int row = work.row_begin + warp_row;
+    const int row = row_begin + warp_row;
     if (params.lse != nullptr) {
       const long long head = static_cast<long long>(work.batch) * params.num_heads_q + work.head;
       const float max_scale = Config::kScaleFirst ? 1.0f : params.scale;
@@ -153,10 +155,11 @@ struct Forward {
 
 extern "C" __global__ void __launch_bounds__(Traits::kNumThreads)
     flash_fwd_sm80(const __grid_constant__ FwdParams params) {
-  Forward forward(params);
-  const KeyTiles tiles = key_tiles<Config>(params, forward.work.row_begin);
+  const FwdWork work = FwdWork::of_block<Config>(params);
+  Forward forward(params, work);
+  const KeyTiles tiles = key_tiles<Config>(params, work.row_begin);
   if (tiles.begin < tiles.end) {
-    forward.load_q(tiles.end - 1);
+    forward.load_q(work, tiles.end - 1);
     for (int tile = tiles.end - 1, step = 0; tile >= tiles.begin; --tile, ++step) {
       const bool has_next = tile > tiles.begin;
       if (tiles.full_begin <= tile && tile < tiles.full_end) {

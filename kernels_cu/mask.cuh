@@ -45,21 +45,29 @@ __device__ __forceinline__ KeyTiles key_tiles(const FwdParams& params, int row_b
 }
 
 // Sets the scores of keys that do not take part to -inf. first_row and first_key are those of s_frag's
-// element (0, 0).
+// element (0, 0). Each of a lane's two rows has a first key and an end, counted from the lane's first column, so
+// that an element's test compares two registers with a constant.
 template <class Config>
 __device__ __forceinline__ void mask_scores(float (&s_frag)[Config::kBlockN / 8][4], const FwdParams& params,
                                             int first_row, int first_key) {
   const int lane = isa::lane_index();
+  const int first_column = first_key + acc_column(lane, 0);
 #pragma unroll
-  for (int n = 0; n < Config::kBlockN / 8; ++n) {
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_row + acc_row(lane, 2 * half);
+    int begin = 0;
+    int end = params.seqlen_k;
+    if constexpr (Config::kHasLower) begin = row + params.lower;
+    if constexpr (Config::kHasUpper) end = at_most(end, row + params.upper + 1);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = first_row + acc_row(lane, i);
-      const int key = first_key + 8 * n + acc_column(lane, i);
-      bool takes_part = key < params.seqlen_k;
-      if constexpr (Config::kHasUpper) takes_part = takes_part && key - row <= params.upper;
-      if constexpr (Config::kHasLower) takes_part = takes_part && key - row >= params.lower;
-      if (!takes_part) s_frag[n][i] = isa::bits_float(kNegativeInfinityBits);
+    for (int n = 0; n < Config::kBlockN / 8; ++n) {
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        const int column = 8 * n + i % 2;
+        bool takes_part = column < end - first_column;
+        if constexpr (Config::kHasLower) takes_part = takes_part && column >= begin - first_column;
+        if (!takes_part) s_frag[n][i] = isa::bits_float(kNegativeInfinityBits);
+      }
     }
   }
 }

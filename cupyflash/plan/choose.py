@@ -18,8 +18,8 @@ from .tiles import TILES, TileConfig, tiles_for
 
 __all__ = ["KernelSpec", "Launch", "Plan", "Selector", "choose", "choose_spec", "every_spec", "refusals"]
 
-# The kernel's indices are int32, and a band's bounds, which the lengths bound, are added to them.
-_MAX_LENGTH = 2**30 - 1
+# The kernel's indices are int32: the sum of two lengths, and of the rows that fill up a tile, has to fit.
+_MAX_LENGTH = 2**30 - 2**8
 _MAX_BLOCKS = 2**31 - 1
 # Where scale · log2(e) and the scores keep far from float32's ends, it is folded into the exponent.
 _FOLDED_SCALES = (2.0**-64, 2.0**64)
