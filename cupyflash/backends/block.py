@@ -11,10 +11,10 @@ keeps, per row, a shift m, the sum l and the output so far::
 Any shift gives the same quotient as long as no exponential leaves the range of the type, and the row maximum, which the
 textbook takes afresh on every tile, is only the safest choice.  So the *fast pass* is frugal: it starts without a shift
 where norms bound all scores, else with the maximum of the first tile, and takes a fresh maximum only where a tile's
-sums say that the old one was too small.  Removed scores are multiplied by zero; where a maximum is taken the least
-finite number is added to them first.  The result is its own certificate: every row's sum is about 1 or more, or exactly
-0 if no key was seen, and nothing is inf or NaN.  A block that fails it (NaN or inf behind a mask, or anywhere else)
-runs again as the *exact pass*: removed scores are set to -inf whatever they were, and every tile takes its maximum.
+sums say that the old one was too small.  Removed scores are multiplied by zero, or -inf is added to them where a
+maximum is taken.  The result is its own certificate: every row's sum is about 1 or more, or exactly 0 if no key was
+seen, and nothing is inf or NaN.  A block that fails it (NaN or inf behind a mask, or anywhere else) runs again as the
+*exact pass*: removed scores are set to -inf whatever they were, and every tile takes its maximum.
 
 What a tile costs, in ns per score at E = Ev = 64 on one AVX-512 core: products 2.3, exp 0.46, maximum 0.19, subtract
 0.18, multiply by a mask 0.2, row sum as a product with ones 0.06 (by `sum` 0.20), `where=` writes 1-3 (exact pass
@@ -62,9 +62,9 @@ class Tiling(NamedTuple):
     units: int  # of a job
     rows: int  # of each query head in a job
     keys: int  # of a tile
-    batch_keys: int  # of the tiles that are multiplied in one batch: a multiple of `keys`
+    batch_keys: int  # of the tiles that are multiplied in one batch
     threads: int
-    guards_blas: bool  # products are large enough for BLAS to start threads of its own
+    guards_blas: bool  # there are threads, or products large enough for BLAS to start its own
     longest_first: bool  # later rows see more keys
 
 
@@ -109,14 +109,13 @@ class Block:
         self.dtype = problem.element.accumulator
         self.units, self.group, self.rows, _ = self.query.shape
         self.folded = self.group * self.rows
-        self.has_mods = problem.has_score_mod or problem.has_alibi or problem.softcap or self.float_mask is not None
         self.looks_at_norms = (
-            not self.has_mods
+            not problem.changes_scores
             and self.folded > FEW_ROWS
             and self.units * self.folded * problem.seqlen_k >= _SCORES_WORTH_NORMS
         )
         self.heads: Any = None  # b·Hq + h, (units, G)
-        if problem.has_score_mod or problem.has_mask_mod or problem.has_alibi or problem.has_sinks or problem.dropout_p:
+        if problem.needs_heads:
             unit = np.arange(first_unit, first_unit + self.units)
             for axis, index in enumerate(outer):
                 unit += index * math.prod(part.lead_shape[axis + 1 :])
@@ -151,7 +150,7 @@ class Block:
             shift.fill(0)
 
         is_first = True
-        is_exact = exact or not self.has_mods  # nothing was done that the exact pass would not do
+        is_exact = exact or not self.problem.changes_scores  # nothing was done that the exact pass would not do
         for tile, keeps in self._tiles(start, stop):
             key, value = self._packed("key", self.key, tile), self._packed("value", self.value, tile)
             if bounded and not query_norm * self._key_norm(key, tile) <= _SCORE_BOUND:
@@ -166,8 +165,7 @@ class Block:
                         by_head = self._by_head(scores)
                         by_head += _bias(keep, self.dtype)
                     self._raise_shift(scores, shift, row_sum, output, is_first)
-                    if removals and np.minimum.reduce(shift, axis=None) > _LEAST[self.dtype]:
-                        removals = ()  # every row has a key, beside which removed ones are 0 already
+                    removals = ()
                 if not bounded:
                     scores -= shift[:, None]
                 exp(scores, out=scores)
@@ -200,11 +198,11 @@ class Block:
     def _raise_shift(self, scores: Any, shift: Any, row_sum: Any, output: Any, is_first: bool) -> None:
         """Raise each row's shift to the maximum of the tile, and rescale what was summed with the old one."""
         # A row of -inf gets the least finite number: exp(-inf - m) must stay 0.
-        largest = np.maximum.reduce(scores, axis=3, keepdims=True, initial=_LEAST[self.dtype])
-        largest = largest[:, 0] if scores.shape[1] == 1 else largest.max(axis=1)
+        least = _LEAST[self.dtype]
         if is_first:
-            shift[...] = largest
+            np.maximum.reduce(scores, axis=(1, 3), out=shift[..., 0], initial=least)
             return
+        largest = np.maximum.reduce(scores, axis=(1, 3), initial=least)[..., None]
         np.maximum(largest, shift, out=largest)
         rescale = np.exp(shift - largest)
         row_sum *= rescale
@@ -323,7 +321,7 @@ class Block:
         problem, buffers = self.problem, self.buffers
         scores = self.scratch("scores", (self.units, tile.runs, self.folded, key.shape[2]), self.dtype)
         np.matmul(query[:, None], key.swapaxes(2, 3), out=scores)
-        if self.has_mods and stage != "raw":
+        if problem.changes_scores and stage != "raw":
             by_head, at = self._by_head(scores), self._coordinates(tile)
             if buffers.score_mod is not None:
                 apply_score_mod(buffers.score_mod, by_head, at, np)
@@ -408,10 +406,11 @@ class Block:
 
 
 def _bias(keep: Any, dtype: Any) -> Any:
-    """0 where `keep` is True and the least finite number elsewhere; quicker than np.where."""
+    """0 where `keep` is True and -inf elsewhere, without a branch; np.where takes several times as long."""
     bias = keep.astype(dtype)
     bias -= 1
     bias *= -_LEAST[dtype]
+    bias *= 2
     return bias
 
 
