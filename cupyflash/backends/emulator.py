@@ -222,6 +222,8 @@ class Function:
             raise ValueError(f"block={tuple(block)}: kernels run in one dimension of threads, (n,)")
         if not 1 <= len(grid) <= 3:
             raise ValueError(f"grid={tuple(grid)} has {len(grid)} dimensions; expected 1 to 3")
+        if any(not 0 <= size < 2**31 for size in grid):
+            raise ValueError(f"grid={tuple(grid)}: every number of blocks is between 0 and 2**31 - 1")
         values = [_pack(self.name, index, value) for index, value in enumerate(args)]
         expected = [int(self._kernel.argument_bytes[i]) for i in range(self._kernel.num_arguments)]
         if len(values) != len(expected):
