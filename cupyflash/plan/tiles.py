@@ -55,8 +55,8 @@ class TileRow:
 
 
 # Eight warps fetch K and V half as often as four do; four warps make twice as many blocks, for problems that would
-# leave SMs idle.  At head dim 128 either takes 48 KiB and, as compiled, up to 255 registers a thread: one block of eight
-# warps or two of four per SM, also in the 100 KiB of sm_86, sm_89 and sm_120.
+# leave SMs idle.  At head dim 128 either takes 48 KiB and, as compiled, up to 255 registers a thread: one block of
+# eight warps or two of four per SM, also in the 100 KiB of sm_86, sm_89 and sm_120.
 _WIDE, _NARROW = TileConfig(128, 64, 8), TileConfig(64, 64, 4)
 
 TILES: tuple[TileRow, ...] = (

@@ -56,7 +56,7 @@ def test_registers_alone_and_tensor_cores(spec: KernelSpec, arch: str, cache: Ca
     assert resources.stack_bytes == resources.spill_stores == resources.spill_loads == 0
     assert "STL" not in resources.opcodes
     assert "LDL" not in resources.opcodes
-    assert resources.shared_bytes == 0  # all of it is dynamic
+    assert resources.shared_bytes in (0, 1024)  # none of ours: from sm_90 on the system keeps 1 KiB
     assert resources.registers * 32 * spec.tile.num_warps <= 65536
     # The step is there twice, masked and not: two products each, of head_dim / 16 by block_n / 8 instructions.
     steps, columns = spec.head_dim // 16, spec.tile.block_n // 8
