@@ -309,6 +309,17 @@ def test_nan_or_infinity_in_a_float_mask_at_a_removed_key_is_ignored(bad: float,
 
 @on_every_backend
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("how", ["mask_mod", "score_mod", "score_mod under softcap", "window on the left"])
+def test_nan_or_infinity_in_a_float_mask_does_not_undo_a_removal(how: str, bad: float, backend: str) -> None:
+    mask = np.where(np.arange(9) == 5, bad, 0.5).astype(np.float32)
+    arguments = heads(1, 2, 4, 9, 8).arguments() | REMOVALS[how](4, 9, 5)
+    out, lse = run(arguments, backend, attn_mask=mask)
+    assert np.isfinite(out).all()
+    assert not np.isnan(lse).any()
+
+
+@on_every_backend
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_minus_infinity_in_a_float_mask_removes_over_any_score(bad: float, backend: str) -> None:
     arguments = heads(1, 1, 4, 9, 8).arguments()
     arguments["key"][0, 0, 6, 0] = bad
@@ -433,6 +444,16 @@ def test_float32_values_far_from_one(magnitude: float, backend: str) -> None:
         arguments = case.arguments()
         arguments["value"] = (arguments["value"] * magnitude).astype(np.float32)
         run(arguments, backend)
+
+
+@on_every_backend
+@pytest.mark.parametrize("level", [15.0, -15.0, 70.0])
+def test_values_near_the_largest_float32_do_not_overflow_on_the_way(level: float, backend: str) -> None:
+    """exp(15)·1e32 would: nothing but weights, which are at most 1, may be multiplied by V."""
+    query, key, value = operands((1, 300, 4), (1, 1100, 4), (1, 1100, 4))
+    query, key = 0.1 * query, 0.1 * key
+    query[..., 0], key[..., 0] = 2, level
+    run(named(query, key, value * np.float32(1e32)), backend)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -274,6 +274,31 @@ def test_fork_leaves_the_blas_threads_of_parent_and_child(blas: Blas) -> None:
     assert blas.get() == 3
 
 
+@needs_fork
+def test_a_child_made_by_fork_within_a_call_has_the_blas_threads_of_before_it(blas: Blas) -> None:
+    became: list[str] = []
+
+    def as_in_a_new_process() -> bool:
+        before, during = blas.get(), set()
+
+        def look(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+            during.add(blas.get())
+            return score
+
+        cupyflash.attention(**BIG.arguments() | {"score_mod": look}, backend="numpy")
+        return (before, during, blas.get()) == (3, {1}, 3)
+
+    def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        if not became:
+            became.append("forking")
+            became[0] = in_forked_child(as_in_a_new_process)
+        return score
+
+    cupyflash.attention(**BIG.arguments() | {"score_mod": score_mod}, backend="numpy")
+    assert became == ["right"]
+    assert blas.get() == 3
+
+
 # ------------------------------------------------------------------------------------------------------------
 # CUPYFLASH_NUM_THREADS
 # ------------------------------------------------------------------------------------------------------------
