@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 
 import cupyflash
+from cupyflash.backends import registry
 from cupyflash.testing import DTYPES, LAYOUTS, Case, MaskSpec, SinkSpec, assert_attention_close, oracle
 from tests.cases import (
     BACKENDS,
     CASES,
     DROPOUT,
+    SCORE_ARGUMENTS,
     SHAPES,
+    Capabilities,
     heads,
     on_every_backend,
     shapes,
@@ -41,16 +44,43 @@ def named(query: np.ndarray, key: np.ndarray, value: np.ndarray, **more: Any) ->
     return {"query": query, "key": key, "value": value, **more}
 
 
-@on_every_backend
-@pytest.mark.parametrize("name", CASES)
-def test_case(name: str, backend: str) -> None:
-    case = CASES[name]
-    if BACKENDS[backend].refused_features(case):
+def check(case: Case, backend: str, capabilities: Capabilities) -> None:
+    """The backend answers the case rightly, or refuses what it says that it refuses."""
+    if capabilities.refused_features(case):
         with pytest.raises(cupyflash.Unsupported) as refusal:
             cupyflash.attention(**case.arguments(), backend=backend)
         assert refusal.value.reasons[backend]
     else:
         case.check(backend)
+
+
+@on_every_backend
+@pytest.mark.parametrize("name", CASES)
+def test_case(name: str, backend: str) -> None:
+    check(CASES[name], backend, BACKENDS[backend])
+
+
+class WithoutSoftcap:
+    """Somebody else's backend."""
+
+    def reasons(self, problem: Any) -> list[str]:
+        return ["it has no softcap"] if problem.softcap else []
+
+    def run(self, problem: Any, buffers: Any) -> None:
+        registry._backends["math"].run(problem, buffers)
+
+
+def test_a_backend_of_somebody_else_joins_by_a_row_that_says_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_backends", dict(registry._backends))
+    cupyflash.register_backend("foreign", WithoutSoftcap())
+    plain, capped = SCORE_ARGUMENTS["scale-2"], SCORE_ARGUMENTS["softcap-5"]
+    row = Capabilities(refuses=frozenset({"softcap"}))
+    check(plain, "foreign", row)
+    check(capped, "foreign", row)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        check(capped, "math", row)
+    with pytest.raises(cupyflash.Unsupported):
+        check(capped, "foreign", Capabilities())
 
 
 # ------------------------------------------------------------------------------------------------------------
