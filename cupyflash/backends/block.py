@@ -150,13 +150,13 @@ class Block:
             shift.fill(0)
 
         is_first = True
-        is_exact = exact or not self.problem.changes_scores  # nothing was done that the exact pass would not do
+        sums_are_sure = not self.problem.changes_scores  # as the exact pass would have them
         for tile, keeps in self._tiles(start, stop):
             key, value = self._packed("key", self.key, tile), self._packed("value", self.value, tile)
             if bounded and not query_norm * self._key_norm(key, tile) <= _SCORE_BOUND:
                 bounded, query, exp = False, self._scaled_query(1.0), np.exp
             takes_maximum = exact or (is_first and not bounded)
-            is_exact = is_exact and (exact or (takes_maximum and not keeps))
+            sums_are_sure = sums_are_sure and takes_maximum and not keeps
             while True:
                 scores = self._scores(query, key, tile, keeps if exact else None)
                 removals = () if exact else keeps
@@ -186,9 +186,9 @@ class Block:
         if is_first:  # no key takes part
             row_sum.fill(0)
             output.fill(0)
-        elif not is_exact:
+        elif not exact:
             least_sum = _LEAST_BOUNDED_SUM if began_bounded else _LEAST_SUM
-            if not np.minimum.reduce(row_sum, axis=None) >= least_sum:
+            if not (sums_are_sure or np.minimum.reduce(row_sum, axis=None) >= least_sum):
                 is_empty = (row_sum == 0) & (bounded | (shift == _LEAST[self.dtype]))
                 if not np.all(is_empty | (row_sum >= least_sum)):
                     return False

@@ -477,6 +477,19 @@ def test_float32_values_far_from_one(magnitude: float, backend: str) -> None:
 
 
 @on_every_backend
+def test_a_softcap_beyond_the_range_of_float32_caps_nothing_and_one_below_it_everything(backend: str) -> None:
+    query, key, value = operands((2, 5, 8), (2, 7, 8), (2, 7, 3))
+    query[0, 0] = 0
+    np.testing.assert_array_equal(
+        cupyflash.attention(query, key, value, softcap=1e39, backend=backend),
+        cupyflash.attention(query, key, value, backend=backend),
+    )
+    mean = np.broadcast_to(value.mean(axis=1, keepdims=True), (2, 5, 3))
+    capped = cupyflash.attention(query, key, value, softcap=1e-46, backend=backend)
+    np.testing.assert_allclose(capped, mean, rtol=1e-5, atol=1e-6)
+
+
+@on_every_backend
 @pytest.mark.parametrize("level", [15.0, -15.0, 70.0])
 def test_values_near_the_largest_float32_do_not_overflow_on_the_way(level: float, backend: str) -> None:
     """exp(15)·1e32 would: nothing but weights, which are at most 1, may be multiplied by V."""
