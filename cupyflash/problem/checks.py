@@ -128,9 +128,9 @@ def split_mask(attn_mask: Any, library: str, dtype: DType) -> tuple[Any, Any]:
 def _check_float_mask(name: str, mask: Any, dtype: DType) -> None:
     if mask.dtype in (dtype.storage, np.dtype(np.float32)) and mask.dtype.isnative:
         return
-    allowed = "float32" if dtype.name == "float32" else f"{dtype.name} (the query's dtype), float32"
+    allowed = "float32" if dtype.name == "float32" else f"{dtype.name} (the query's dtype) or float32"
     hint = "; NumPy makes float64 by default: pass .astype(np.float32)" if mask.dtype == np.float64 else ""
-    raise TypeError(f"{name} must be bool, {allowed} in native byte order, but was {_named(mask)}{hint}")
+    raise TypeError(f"{name} must be bool or {allowed} in native byte order, but was {_named(mask)}{hint}")
 
 
 def check_seed_array(seed: Any, library: str) -> Any:

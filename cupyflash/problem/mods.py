@@ -65,9 +65,14 @@ def _check_broadcasts(name: str, shape: tuple[int, ...], tile_shape: tuple[int, 
 def cap_scores(scores: Any, softcap: float, xp: Any) -> None:
     """Overwrite `scores` with softcap · tanh(scores / softcap) (Gemma 2).
 
-    A score of -inf is a removal and stays one; tanh alone would turn it into -softcap.
+    A score of -inf is a removal and stays one; tanh alone would turn it into -softcap.  A softcap beyond the range of
+    the scores' dtype caps nothing, one below it leaves zeros.
     """
     removed = xp.isneginf(scores)
+    if abs(softcap) > np.finfo(scores.dtype).max:
+        return
+    if scores.dtype.type(softcap) == 0:
+        softcap = float(np.finfo(scores.dtype).smallest_subnormal)
     scores /= softcap
     xp.tanh(scores, out=scores)
     scores *= softcap

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 import cupyflash
+from cupyflash.backends import registry
 from cupyflash.testing import DTYPES, LAYOUTS, Case, MaskSpec, SinkSpec, assert_attention_close, oracle
 from tests.cases import (
     BACKENDS,
     CAPABILITIES,
     CASES,
     DROPOUT,
+    SCORE_ARGUMENTS,
     SHAPES,
+    Capabilities,
     heads,
     on_every_backend,
     shapes,
@@ -42,17 +45,44 @@ def named(query: np.ndarray, key: np.ndarray, value: np.ndarray, **more: Any) ->
     return {"query": query, "key": key, "value": value, **more}
 
 
-@pytest.mark.runs_on_kernels
-@on_every_backend
-@pytest.mark.parametrize("name", CASES)
-def test_case(name: str, backend: str) -> None:
-    case = CASES[name]
-    if CAPABILITIES[backend].refused_features(case):
+def check(case: Case, backend: str, capabilities: Capabilities) -> None:
+    """The backend answers the case rightly, or refuses what it says that it refuses."""
+    if capabilities.refused_features(case):
         with pytest.raises(cupyflash.Unsupported) as refusal:
             cupyflash.attention(**case.arguments(), backend=backend)
         assert refusal.value.reasons[backend]
     else:
         case.check(backend)
+
+
+@pytest.mark.runs_on_kernels
+@on_every_backend
+@pytest.mark.parametrize("name", CASES)
+def test_case(name: str, backend: str) -> None:
+    check(CASES[name], backend, CAPABILITIES[backend])
+
+
+class WithoutSoftcap:
+    """Somebody else's backend."""
+
+    def reasons(self, problem: Any) -> list[str]:
+        return ["it has no softcap"] if problem.softcap else []
+
+    def run(self, problem: Any, buffers: Any) -> None:
+        registry._backends["math"].run(problem, buffers)
+
+
+def test_a_backend_of_somebody_else_joins_by_a_row_that_says_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_backends", dict(registry._backends))
+    cupyflash.register_backend("foreign", WithoutSoftcap())
+    plain, capped = SCORE_ARGUMENTS["scale-2"], SCORE_ARGUMENTS["softcap-5"]
+    row = Capabilities(refuses=frozenset({"softcap"}))
+    check(plain, "foreign", row)
+    check(capped, "foreign", row)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        check(capped, "math", row)
+    with pytest.raises(cupyflash.Unsupported):
+        check(capped, "foreign", Capabilities())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -77,8 +107,8 @@ def test_extra_results_follow_the_output_in_the_order_lse_weights(backend: str) 
 @on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes_of_the_results(dtype: str, backend: str) -> None:
-    out, lse, weights = heads(1, 2, 4, 5, dtype=dtype, return_weights=True).arguments(), None, None
-    out, lse, weights = cupyflash.attention(**out, backend=backend)
+    case = heads(1, 2, 4, 5, dtype=dtype, return_weights=True)
+    out, lse, weights = cupyflash.attention(**case.arguments(), backend=backend)
     accumulator = "float64" if dtype == "float64" else "float32"
     assert (out.dtype, lse.dtype, weights.dtype) == (DTYPES[dtype], DTYPES[accumulator], DTYPES[dtype])
 
@@ -139,7 +169,7 @@ def swapped_heads(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
 
 
 def every_second(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    return np.full([2 * n for n in shape], np.nan, dtype)[:, 1::2, ::2, ::-2]
+    return np.full([2 * n for n in shape], np.nan, dtype)[::2, 1::2, ::2, ::-2]
 
 
 def transposed(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
@@ -156,7 +186,7 @@ def unaligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
 def test_out_is_filled_and_returned(layout: Callable[..., np.ndarray], dtype: str, backend: str) -> None:
     shape = (2, 3, 70, 8)
     arguments = heads(2, 3, 70, 90, 8, dtype=dtype, is_causal=True).arguments()
-    out = layout(shape, DTYPES[dtype]) if layout is not every_second else every_second(shape, DTYPES[dtype])[:2]
+    out = layout(shape, DTYPES[dtype])
     result, lse = run(arguments, backend, out=out)
     assert result is out
     fresh, fresh_lse = run(arguments, backend)
@@ -311,6 +341,17 @@ def test_nan_or_infinity_in_a_float_mask_at_a_removed_key_is_ignored(bad: float,
 
 @on_every_backend
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("how", ["mask_mod", "score_mod", "score_mod under softcap", "window on the left"])
+def test_nan_or_infinity_in_a_float_mask_does_not_undo_a_removal(how: str, bad: float, backend: str) -> None:
+    mask = np.where(np.arange(9) == 5, bad, 0.5).astype(np.float32)
+    arguments = heads(1, 2, 4, 9, 8).arguments() | REMOVALS[how](4, 9, 5)
+    out, lse = run(arguments, backend, attn_mask=mask)
+    assert np.isfinite(out).all()
+    assert not np.isnan(lse).any()
+
+
+@on_every_backend
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_minus_infinity_in_a_float_mask_removes_over_any_score(bad: float, backend: str) -> None:
     arguments = heads(1, 1, 4, 9, 8).arguments()
     arguments["key"][0, 0, 6, 0] = bad
@@ -435,6 +476,29 @@ def test_float32_values_far_from_one(magnitude: float, backend: str) -> None:
         arguments = case.arguments()
         arguments["value"] = (arguments["value"] * magnitude).astype(np.float32)
         run(arguments, backend)
+
+
+@on_every_backend
+def test_a_softcap_beyond_the_range_of_float32_caps_nothing_and_one_below_it_everything(backend: str) -> None:
+    query, key, value = operands((2, 5, 8), (2, 7, 8), (2, 7, 3))
+    query[0, 0] = 0
+    np.testing.assert_array_equal(
+        cupyflash.attention(query, key, value, softcap=1e39, backend=backend),
+        cupyflash.attention(query, key, value, backend=backend),
+    )
+    mean = np.broadcast_to(value.mean(axis=1, keepdims=True), (2, 5, 3))
+    capped = cupyflash.attention(query, key, value, softcap=1e-46, backend=backend)
+    np.testing.assert_allclose(capped, mean, rtol=1e-5, atol=1e-6)
+
+
+@on_every_backend
+@pytest.mark.parametrize("level", [15.0, -15.0, 70.0])
+def test_values_near_the_largest_float32_do_not_overflow_on_the_way(level: float, backend: str) -> None:
+    """exp(15)·1e32 would: nothing but weights, which are at most 1, may be multiplied by V."""
+    query, key, value = operands((1, 300, 4), (1, 1100, 4), (1, 1100, 4))
+    query, key = 0.1 * query, 0.1 * key
+    query[..., 0], key[..., 0] = 2, level
+    run(named(query, key, value * np.float32(1e32)), backend)
 
 
 # ------------------------------------------------------------------------------------------------------------
