@@ -49,6 +49,7 @@ KERNEL_BACKENDS: dict[str, Capabilities] = {
 
 CAPABILITIES = BACKENDS | KERNEL_BACKENDS
 
+on_general_backends = pytest.mark.parametrize("backend", BACKENDS)
 on_every_backend = pytest.mark.parametrize("backend", CAPABILITIES)
 on_kernel_backends = pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 

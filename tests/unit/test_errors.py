@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import cupyflash
-from tests.cases import on_every_backend
+from tests.cases import on_general_backends
 
 
 def f32(*shape: int) -> np.ndarray:
@@ -343,12 +343,12 @@ def valid() -> dict[str, Any]:
     return {name: f32(*shape) for name, shape in SHAPES.items()}
 
 
-@on_every_backend
+@on_general_backends
 def test_the_call_that_the_others_differ_from_is_valid(backend: str) -> None:
     assert cupyflash.attention(**valid(), backend=backend).shape == (2, 3, 4, 6)
 
 
-@on_every_backend
+@on_general_backends
 @pytest.mark.parametrize("name", REFUSALS)
 def test_attention_refuses(name: str, backend: str) -> None:
     refusal = REFUSALS[name]
@@ -363,7 +363,7 @@ OF_WEIGHTS = [
 ]
 
 
-@on_every_backend
+@on_general_backends
 @pytest.mark.parametrize("name", OF_WEIGHTS)
 def test_attention_weights_refuses(name: str, backend: str) -> None:
     refusal = REFUSALS[name]
@@ -372,7 +372,7 @@ def test_attention_weights_refuses(name: str, backend: str) -> None:
     refused(cupyflash.attention_weights, arguments, refusal.error, refusal.says)
 
 
-@on_every_backend
+@on_general_backends
 @pytest.mark.parametrize(
     ("stage", "error", "says"),
     [
@@ -409,7 +409,7 @@ def test_the_environment_names_a_backend_that_does_not_exist(monkeypatch: pytest
     refused(cupyflash.attention, valid(), ValueError, ("CUPYFLASH_BACKEND", "'nope'", "'numpy'", "'math'"))
 
 
-@on_every_backend
+@on_general_backends
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
 def test_a_precision_that_a_backend_lacks_is_refused_with_its_reasons(precision: str, backend: str) -> None:
     with pytest.raises(cupyflash.Unsupported) as raised:
@@ -421,7 +421,7 @@ def test_a_precision_that_a_backend_lacks_is_refused_with_its_reasons(precision:
     assert precision in str(raised.value)
 
 
-@on_every_backend
+@on_general_backends
 def test_out_is_not_touched_by_a_call_that_is_refused(backend: str) -> None:
     out = np.full((2, 3, 4, 6), 7, np.float32)
     with pytest.raises(ValueError, match="attn_mask"):
@@ -429,7 +429,7 @@ def test_out_is_not_touched_by_a_call_that_is_refused(backend: str) -> None:
     assert (out == 7).all()
 
 
-@on_every_backend
+@on_general_backends
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -22,7 +22,7 @@ import pytest
 
 import cupyflash
 from cupyflash.testing import assert_attention_close
-from tests.cases import CASES, heads, on_every_backend
+from tests.cases import CASES, heads, on_general_backends
 
 # ------------------------------------------------------------------------------------------------------------
 # Many threads at once
@@ -43,7 +43,7 @@ def as_bytes(results: tuple[np.ndarray, ...]) -> list[bytes]:
     return [x.tobytes() for x in results]
 
 
-@on_every_backend
+@on_general_backends
 def test_calls_from_many_threads_give_the_bits_of_serial_calls(backend: str) -> None:
     calls = [CASES[name].arguments() for name in BUSY] * 3
     serial = [as_bytes(cupyflash.attention(**arguments, backend=backend)) for arguments in calls]
@@ -59,7 +59,7 @@ def test_calls_from_many_threads_give_the_bits_of_serial_calls(backend: str) -> 
                 assert result == serial[n], BUSY[n % len(BUSY)]
 
 
-@on_every_backend
+@on_general_backends
 def test_threads_may_share_their_inputs(backend: str) -> None:
     arguments = CASES["all-at-once-over-tiles"].arguments()
     expected = as_bytes(cupyflash.attention(**arguments, backend=backend))
@@ -68,7 +68,7 @@ def test_threads_may_share_their_inputs(backend: str) -> None:
     assert results == [expected] * 8
 
 
-@on_every_backend
+@on_general_backends
 def test_a_call_within_score_mod(backend: str) -> None:
     inner = heads(1, 2, 300, 600, 8).arguments() | {"return_lse": False}
     expected = cupyflash.attention(**inner, backend=backend)
