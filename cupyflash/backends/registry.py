@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 from ..errors import Unsupported
 from ..problem.problem import Buffers, Problem
-from .cuda import CudaBackend
-from .emulated import EmulatorBackend
 from .reference import MathBackend
 from .tiled import NumpyBackend
 
@@ -35,12 +34,41 @@ class Backend(Protocol):
         """Fill `buffers.out`, and `buffers.lse` and `buffers.weights` where they are not None."""
 
 
+class _Late:
+    """A backend that is made when it is first asked: the modules behind the kernels take long to import."""
+
+    def __init__(self, make: Callable[[], Backend]) -> None:
+        self._make = make
+
+    @cached_property
+    def _backend(self) -> Backend:
+        return self._make()
+
+    def reasons(self, problem: Problem) -> Sequence[str]:
+        return self._backend.reasons(problem)
+
+    def run(self, problem: Problem, buffers: Buffers) -> None:
+        self._backend.run(problem, buffers)
+
+
+def _make_cuda() -> Backend:
+    from .cuda import CudaBackend
+
+    return CudaBackend()
+
+
+def _make_emulator() -> Backend:
+    from .emulated import EmulatorBackend
+
+    return EmulatorBackend()
+
+
 _lock = threading.Lock()
 _backends: dict[str, Backend] = {
     "numpy": NumpyBackend(),
     "math": MathBackend(),
-    "cuda": CudaBackend(),
-    "emulator": EmulatorBackend(),
+    "cuda": _Late(_make_cuda),
+    "emulator": _Late(_make_emulator),
 }
 
 
