@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,7 @@ class Gpu:
     launches: list[Launch] = field(default_factory=list)
     loaded: list[tuple[int, str]] = field(default_factory=list)  # device, entry
     stream: str = "null"
+    effect: Callable[[Launch], None] | None = None  # what a launch does to memory; nothing unless a test says so
 
     @contextlib.contextmanager
     def on_stream(self, name: str) -> Iterator[None]:
@@ -129,6 +130,8 @@ class _Kernel:
             self._name, self._cubin, grid, block, params.tobytes(), shared_mem, Device.current, self._gpu.stream
         )
         self._gpu.launches.append(launch)
+        if self._gpu.effect is not None:
+            self._gpu.effect(launch)
 
 
 def _raw_module(gpu: Gpu) -> Any:

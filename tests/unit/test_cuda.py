@@ -6,6 +6,7 @@ parameters.  What the kernel then does is the emulator's tests' matter.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from dataclasses import replace
 from typing import Any
@@ -27,7 +28,7 @@ from cupyflash.testing import Case, random_case
 from tests import cupy_stand_in
 from tests.cases import KERNELS, heads
 from tests.conftest import Require
-from tests.cupy_stand_in import Array, ArrayElsewhere, Device, Gpu
+from tests.cupy_stand_in import Array, ArrayElsewhere, Device, Gpu, Launch
 from tests.fuzz.test_emulator_backend import REFUSED
 
 
@@ -173,10 +174,19 @@ def test_nothing_to_compute_launches_nothing(gpu: Gpu) -> None:
 def test_an_out_that_kernels_cannot_write_gets_a_copy(gpu: Gpu) -> None:
     memory = np.full((1, 2, 70, 128), 7, np.float16)
     arguments = on_gpu(call(return_lse=False)) | {"out": Array(memory[..., ::2])}
+
+    def write_threes(launch: Launch) -> None:
+        threes = np.full((1, 2, 70, 64), 3, np.float16)
+        ctypes.memmove(
+            int(np.frombuffer(launch.params, FWD_PARAMS)[0]["out"]["data"]), threes.ctypes.data, threes.nbytes
+        )
+
+    gpu.effect = write_threes
     assert cupyflash.attention(**arguments) is arguments["out"]
     met = np.frombuffer(gpu.launches[0].params, FWD_PARAMS)[0]
     assert met["out"]["data"] != memory.ctypes.data
     assert met["out"]["row_stride"] == 64
+    assert (memory[..., ::2] == 3).all()
     assert (memory[..., 1::2] == 7).all()
 
 
