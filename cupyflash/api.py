@@ -93,7 +93,7 @@ def attention(
         Where to write the output: query's dtype, any strides that do not overlap, no memory shared with an input.
     backend : str, optional
         Name of a backend, obeyed or refused.  Default: the environment variable CUPYFLASH_BACKEND, else the arrays
-        decide ("numpy" for NumPy arrays).
+        decide: "numpy" for NumPy arrays, "cuda" for CuPy arrays.
 
     Returns
     -------
