@@ -40,9 +40,9 @@ def materialize(
 ) -> Array:
     """Attention as one writes it in NumPy with some care: all scores at once, worked on in place.
 
-    16-bit operands are computed in float32.  A bool mask becomes a bias, 0 or −inf, no larger than the mask: on
-    2 × 8 × 2048² scores that takes 16 ms, `np.copyto(scores, -np.inf, where=~mask)` 26 and `np.where` 71.  Rows are
-    normalised after the product with V, where they are shorter.
+    16-bit operands are computed in float32, and rows are normalised after the product with V, where they are shorter.
+    Bool masks are the line that everybody writes, `np.where(mask, scores, -np.inf)`: on 2 × 8 × 2048² scores it takes
+    71 ms, a bias of 0 and −inf that is added in place would take 16.
     """
     dtype = query.dtype
     compute = np.float64 if dtype == np.float64 else np.float32
@@ -53,7 +53,10 @@ def materialize(
     scores = np.matmul(query * compute(1 / math.sqrt(query.shape[-1])), key.swapaxes(-1, -2))
     for mask in (attn_mask, structural_mask(query.shape[-2], key.shape[-2], is_causal, window)):
         if mask is not None:
-            scores += np.where(mask, compute(0), compute(-np.inf)) if mask.dtype == bool else mask
+            if mask.dtype == bool:
+                scores = np.where(mask, scores, compute(-np.inf))
+            else:
+                scores += mask
     scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
     out = np.matmul(scores, value)

@@ -12,13 +12,29 @@ from typing import Any
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-FUNCTIONS = (
-    "abs arange asarray ascontiguousarray broadcast_to empty exp full greater_equal isneginf log may_share_memory "
-    "maximum repeat shares_memory tanh unique where"
-).split()
-CONSTANTS = "bool_ inf uint32 uint64".split()
-ATTRIBUTES = "dtype flags itemsize ndim shape size strides".split()
-METHODS = "astype item max ravel reshape sum swapaxes".split()
+FUNCTIONS = [
+    "abs",
+    "arange",
+    "asarray",
+    "ascontiguousarray",
+    "broadcast_to",
+    "empty",
+    "exp",
+    "full",
+    "greater_equal",
+    "isneginf",
+    "log",
+    "may_share_memory",
+    "maximum",
+    "repeat",
+    "shares_memory",
+    "tanh",
+    "unique",
+    "where",
+]
+CONSTANTS = ["bool_", "inf", "uint32", "uint64"]
+ATTRIBUTES = ["dtype", "flags", "itemsize", "ndim", "shape", "size", "strides"]
+METHODS = ["any", "astype", "item", "max", "ravel", "reshape", "sum", "swapaxes"]
 
 
 class Array(NDArrayOperatorsMixin):

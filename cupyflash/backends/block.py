@@ -62,9 +62,9 @@ class Tiling(NamedTuple):
     units: int  # of a job
     rows: int  # of each query head in a job
     keys: int  # of a tile
-    batch_keys: int  # of the tiles that are multiplied in one batch: a multiple of `keys`
+    batch_keys: int  # of the tiles that are multiplied in one batch
     threads: int
-    guards_blas: bool  # products are large enough for BLAS to start threads of its own
+    guards_blas: bool  # there are threads, or products large enough for BLAS to start its own
     longest_first: bool  # later rows see more keys
 
 
@@ -109,14 +109,13 @@ class Block:
         self.dtype = problem.element.accumulator
         self.units, self.group, self.rows, _ = self.query.shape
         self.folded = self.group * self.rows
-        self.has_mods = problem.has_score_mod or problem.has_alibi or problem.softcap or self.float_mask is not None
         self.looks_at_norms = (
-            not self.has_mods
+            not problem.changes_scores
             and self.folded > FEW_ROWS
             and self.units * self.folded * problem.seqlen_k >= _SCORES_WORTH_NORMS
         )
         self.heads: Any = None  # b·Hq + h, (units, G)
-        if problem.has_score_mod or problem.has_mask_mod or problem.has_alibi or problem.has_sinks or problem.dropout_p:
+        if problem.needs_heads:
             unit = np.arange(first_unit, first_unit + self.units)
             for axis, index in enumerate(outer):
                 unit += index * math.prod(part.lead_shape[axis + 1 :])
@@ -151,7 +150,7 @@ class Block:
             shift.fill(0)
 
         is_first = True
-        is_exact = exact or not self.has_mods  # nothing was done that the exact pass would not do
+        is_exact = exact or not self.problem.changes_scores  # nothing was done that the exact pass would not do
         for tile, keeps in self._tiles(start, stop):
             key, value = self._packed("key", self.key, tile), self._packed("value", self.value, tile)
             if bounded and not query_norm * self._key_norm(key, tile) <= _SCORE_BOUND:
@@ -200,11 +199,11 @@ class Block:
     def _raise_shift(self, scores: Any, shift: Any, row_sum: Any, output: Any, is_first: bool) -> None:
         """Raise each row's shift to the maximum of the tile, and rescale what was summed with the old one."""
         # A row of -inf gets the least finite number: exp(-inf - m) must stay 0.
-        largest = np.maximum.reduce(scores, axis=3, keepdims=True, initial=_LEAST[self.dtype])
-        largest = largest[:, 0] if scores.shape[1] == 1 else largest.max(axis=1)
+        least = _LEAST[self.dtype]
         if is_first:
-            shift[...] = largest
+            np.maximum.reduce(scores, axis=(1, 3), out=shift[..., 0], initial=least)
             return
+        largest = np.maximum.reduce(scores, axis=(1, 3), initial=least)[..., None]
         np.maximum(largest, shift, out=largest)
         rescale = np.exp(shift - largest)
         row_sum *= rescale
@@ -323,7 +322,7 @@ class Block:
         problem, buffers = self.problem, self.buffers
         scores = self.scratch("scores", (self.units, tile.runs, self.folded, key.shape[2]), self.dtype)
         np.matmul(query[:, None], key.swapaxes(2, 3), out=scores)
-        if self.has_mods and stage != "raw":
+        if problem.changes_scores and stage != "raw":
             by_head, at = self._by_head(scores), self._coordinates(tile)
             if buffers.score_mod is not None:
                 apply_score_mod(buffers.score_mod, by_head, at, np)

@@ -44,17 +44,9 @@ def slice_call(problem: Problem, buffers: Buffers) -> list[Slice]:
     lcm(Hq/Hk, Hq/Hv) query heads, the period, the pattern repeats; there is one slice for each place of a unit within
     it, so one in all where Hk = Hv.
     """
-    arrays = (
-        buffers.query,
-        buffers.key,
-        buffers.value,
-        buffers.float_mask,
-        buffers.bool_mask,
-        buffers.out,
-        buffers.lse,
-        buffers.weights,
-    )
-    layout = tuple(None if array is None else (array.shape, array.strides) for array in arrays)
+    query, key, value, float_mask, bool_mask, *_, out, lse, weights, _ = buffers
+    arrays = (query, key, value, float_mask, bool_mask, out, lse, weights)
+    layout = tuple([array if array is None else (array.shape, array.strides) for array in arrays])
     return [Slice._make((*facts, *map(_view, arrays, steps), {})) for facts, steps in _recipes(problem, layout)]
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -66,7 +65,11 @@ class NumpyBackend:
             with np.errstate(all="ignore"):
                 Block(problem, buffers, tiling, slices[job.slice], job.outer, job.first_unit, job.first_row).run()
 
-        with one_blas_thread if tiling.guards_blas else nullcontext():
+        if not tiling.guards_blas:
+            for job in jobs:
+                attend(job)
+            return
+        with one_blas_thread:
             run_jobs(attend, jobs, tiling.threads if control() else 1)
 
 
@@ -129,7 +132,7 @@ def _tiling(problem: Problem, units: int, packs: bool, available_threads: int) -
         keys=keys,
         batch_keys=batch_keys,
         threads=threads,
-        guards_blas=group * rows * keys * width > _PRODUCT_WORTH_A_THREAD,
+        guards_blas=threads > 1 or group * rows * keys * width > _PRODUCT_WORTH_A_THREAD,
         longest_first=upper is not None,
     )
 

@@ -15,6 +15,7 @@ from .problem import STAGES
 
 __all__ = [
     "array_like_query",
+    "check_callable",
     "check_devices",
     "check_flag",
     "check_out",
@@ -65,6 +66,9 @@ def check_precision(precision: str) -> str:
 
 
 def array_like_query(name: str, array: Any, library: str) -> Any:
+    """Return the array without a subclass around it, or raise a TypeError if it is not of query's library."""
+    if type(array) is np.ndarray and library == "numpy":
+        return array
     found = library_of(name, array)
     if found != library:
         raise TypeError(
@@ -73,7 +77,18 @@ def array_like_query(name: str, array: Any, library: str) -> Any:
     return plain_array(array)
 
 
+def check_callable(name: str, function: Any) -> bool:
+    """Return whether there is a function; raise a TypeError if it is not one."""
+    if function is not None and not callable(function):
+        raise TypeError(f"{name} must be callable, but was {type(function).__name__}")
+    return function is not None
+
+
 def common_dtype(query: Any, key: Any, value: Any) -> DType:
+    """Return the table's row of the one dtype of all three, or raise a TypeError that names the odd one."""
+    element = DTYPES.get(query.dtype)
+    if element is not None and key.dtype == query.dtype == value.dtype:
+        return element
     for name, array in (("query", query), ("key", key), ("value", value)):
         if array.dtype not in DTYPES:
             raise TypeError(

@@ -71,7 +71,8 @@ def cap_scores(scores: Any, softcap: float, xp: Any) -> None:
     scores /= softcap
     xp.tanh(scores, out=scores)
     scores *= softcap
-    scores[removed] = -xp.inf
+    if removed.any():
+        scores[removed] = -xp.inf
 
 
 def add_alibi(scores: Any, slopes: Any, q_idx: Any, kv_idx: Any, shift: int, last: int, xp: Any) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from .checks import (
     array_like_query,
+    check_callable,
     check_devices,
     check_flag,
     check_out,
@@ -84,9 +85,6 @@ def normalize(
         sinks = array_like_query("sinks", sinks, library)
         if sinks.dtype != np.float32 and sinks.dtype != query.dtype:
             raise TypeError(f"sinks must be {dtype.name} (the query's dtype) or float32, but was {sinks.dtype}")
-    for name, function in (("score_mod", score_mod), ("mask_mod", mask_mod)):
-        if function is not None and not callable(function):
-            raise TypeError(f"{name} must be callable, but was {type(function).__name__}")
 
     dropout_p = check_dropout_p(dropout_p)
     seed = None if seed is None else check_seed_array(seed, library)
@@ -103,8 +101,8 @@ def normalize(
         None if bool_mask is None else bool_mask.shape,
         None if alibi_slopes is None else alibi_slopes.shape,
         None if sinks is None else sinks.shape,
-        score_mod is not None,
-        mask_mod is not None,
+        check_callable("score_mod", score_mod),
+        check_callable("mask_mod", mask_mod),
         check_flag("is_causal", is_causal),
         check_scale(scale),
         check_flag("enable_gqa", enable_gqa),
@@ -144,7 +142,7 @@ def normalize(
         value=_broadcast(value, shapes.value, xp),
         float_mask=None if float_mask is None else float_mask.reshape(shapes.float_mask),
         bool_mask=None if bool_mask is None else bool_mask.reshape(shapes.bool_mask),
-        alibi_slopes=None if alibi_slopes is None else alibi_slopes.reshape(-1, problem.num_heads_q),
+        alibi_slopes=alibi_slopes[None] if alibi_slopes is not None and alibi_slopes.ndim == 1 else alibi_slopes,
         sinks=sinks,
         score_mod=score_mod,
         mask_mod=mask_mod,

@@ -72,6 +72,16 @@ class Problem:
         """Number of entries of the flattened batch."""
         return math.prod(self.batch_shape)
 
+    @cached_property
+    def changes_scores(self) -> bool:
+        """True if anything but masks changes the scores after scale · q·kᵀ."""
+        return bool(self.has_score_mod or self.softcap or self.float_mask_dtype or self.has_alibi)
+
+    @cached_property
+    def needs_heads(self) -> bool:
+        """True if anything depends on which batch entry and head a score belongs to."""
+        return bool(self.has_score_mod or self.has_mask_mod or self.has_alibi or self.has_sinks or self.dropout_p)
+
     @property
     def last_position(self) -> int:
         """A bound of all |i + shift| and j."""

@@ -42,7 +42,9 @@ for name in names.split():
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the tree: builds leave files beside setup.cfg, which would enter the next wheel."""
     folder = tmp_path_factory.mktemp("checkout") / "cupyflash-checkout"
-    left_out = shutil.ignore_patterns("__pycache__", ".*_cache", ".hypothesis", ".venv", ".git", "*.egg-info", "dist")
+    left_out = shutil.ignore_patterns(
+        "__pycache__", ".*_cache", ".hypothesis", ".venv", ".git", "*.egg-info", "dist", "output"
+    )
 
     def ignore(directory: str, names: list[str]) -> set[str]:
         return left_out(directory, names) | ({"build"} if Path(directory) == ROOT else set())
