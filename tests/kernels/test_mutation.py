@@ -17,7 +17,7 @@ import pytest
 from cupyflash.backends.emulator import EmulatorError, Module, Options
 from cupyflash.build.source import KernelSource, kernels_folder, read_kernel
 from tests.kernels import forward
-from tests.kernels.harness import compiled, source_of
+from tests.kernels.harness import source_of
 from tests.kernels.mutation import SYNCHRONISATION, Exemption, Mutant, assert_exemptions_hold, exempt, mutants
 
 # A sign of trouble is enough, so the kinds of runs come in the order in which they find most; the last two are those
@@ -221,9 +221,29 @@ def test_bad_exemptions_are_refused() -> None:
 
 
 @pytest.mark.usefixtures("cxx")
+@pytest.mark.parametrize(
+    ("file", "code", "wrong"),
+    [
+        ("fwd_sm80.cu", "forward.kv_step<false>(tile, step, has_next);", ";"),
+        ("fwd_sm80.cu", "forward.kv_step<true>(tile, step, has_next);", ";"),
+        ("fwd_sm80.cu", "copy_tile(SharedStorage::k((step + 1) % 2), k, tile - 1);", ";"),
+        ("fwd_sm80.cu", "exists ? 16 : 0", "16"),
+        ("fwd_sm80.cu", "if (row_begin + row < num_rows)", ""),
+        ("fwd_sm80.cu", "lane % 4 == 0 && row < num_rows", "lane % 4 == 0"),
+        ("fwd_sm80.cu", "isa::ex2(s_frag", "isa::ex2(0.5f * s_frag"),
+    ],
+)
+def test_problems_reach_every_branch(file: str, code: str, wrong: str) -> None:
+    """What they do not reach they cannot find: with one branch made wrong, something must be found."""
+    subject = SUBJECTS[file]
+    assert subject.source.text.count(code) == 1
+    text = subject.source.text.replace(code, wrong)
+    assert finding(subject, Module(KernelSource("wrong", text, subject.source.entries))) is not None
+
+
+@pytest.mark.usefixtures("cxx")
 def test_a_wrong_result_is_a_finding() -> None:
     subject = SUBJECTS["fwd_sm80.cu"]
     text = subject.source.text.replace("isa::ex2(s_frag", "isa::ex2(0.5f * s_frag")
-    assert text != subject.source.text
     found = finding(subject, Module(KernelSource("wrong", text, subject.source.entries)))
     assert found == f"problem 0: wrong result under {Options()}"
