@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyflash.build.cache import Cache
+from cupyflash.build.cache import default_cache
 from cupyflash.build.host import build_kernel, build_runtime
 from cupyflash.build.source import KernelSource
 from cupyflash.errors import CupyflashError
@@ -134,8 +134,8 @@ _REPORT_BYTES = 16384
 
 
 @lru_cache(maxsize=4)
-def _runtime(portable_fibers: bool, folder: str | None) -> tuple[Path, ctypes.CDLL]:
-    path = build_runtime(Cache(folder), portable_fibers=portable_fibers)
+def _runtime(portable_fibers: bool) -> tuple[Path, ctypes.CDLL]:
+    path = build_runtime(default_cache(), portable_fibers=portable_fibers)
     library = ctypes.CDLL(str(path))
     library.cupyflash_emulator_allocate.restype = ctypes.c_void_p
     library.cupyflash_emulator_allocate.argtypes = (
@@ -150,8 +150,7 @@ def _runtime(portable_fibers: bool, folder: str | None) -> tuple[Path, ctypes.CD
 
 
 def _default_runtime() -> tuple[Path, ctypes.CDLL]:
-    portable = os.environ.get("CUPYFLASH_EMULATOR_FIBERS") == "portable"
-    return _runtime(portable, os.environ.get("CUPYFLASH_CACHE"))
+    return _runtime(os.environ.get("CUPYFLASH_EMULATOR_FIBERS") == "portable")
 
 
 class Module:
@@ -170,7 +169,7 @@ class Module:
         self.source = source
         self.options = options or Options()
         runtime_path, self._runtime = _default_runtime()
-        path = build_kernel(source, Cache(os.environ.get("CUPYFLASH_CACHE")), runtime_path)
+        path = build_kernel(source, default_cache(), runtime_path)
         self._library = ctypes.CDLL(str(path))
 
     def get_function(self, name: str) -> Function:
@@ -223,6 +222,8 @@ class Function:
             raise ValueError(f"block={tuple(block)}: kernels run in one dimension of threads, (n,)")
         if not 1 <= len(grid) <= 3:
             raise ValueError(f"grid={tuple(grid)} has {len(grid)} dimensions; expected 1 to 3")
+        if any(not 0 <= size < 2**31 for size in grid):
+            raise ValueError(f"grid={tuple(grid)}: every number of blocks is between 0 and 2**31 - 1")
         values = [_pack(self.name, index, value) for index, value in enumerate(args)]
         expected = [int(self._kernel.argument_bytes[i]) for i in range(self._kernel.num_arguments)]
         if len(values) != len(expected):

@@ -12,6 +12,7 @@ The cache holds code that will be loaded and run, so its folder must belong to t
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import json
@@ -20,7 +21,9 @@ import shutil
 import stat
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 try:
@@ -28,7 +31,7 @@ try:
 except ImportError:  # Windows: renaming keeps entries whole, only the waiting for one another is lost
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Cache", "default_folder", "digest"]
+__all__ = ["Cache", "default_cache", "default_folder", "digest"]
 
 _MANIFEST = "manifest.json"
 # An entry this fresh may be between its return to the caller and the caller's opening it: eviction leaves it
@@ -160,6 +163,36 @@ class Cache:
                 continue
             shutil.rmtree(path, ignore_errors=True)
             total -= size
+
+
+def default_cache() -> Cache:
+    """The cache in `default_folder`.
+
+    Where that is not the user's choice and cannot be written (a container without a home, say), a temporary folder
+    takes its place until the process ends, with a warning.
+
+    Raises:
+        OSError: ``$CUPYFLASH_CACHE`` is set and cannot be used; see `Cache`.
+    """
+    return _default_cache(default_folder(), "CUPYFLASH_CACHE" in os.environ)
+
+
+@lru_cache(maxsize=8)
+def _default_cache(folder: Path, is_chosen: bool) -> Cache:
+    try:
+        return Cache(folder)
+    except OSError as error:
+        if is_chosen:
+            raise
+        temporary = tempfile.mkdtemp(prefix="cupyflash-")
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        warnings.warn(
+            f"compiled kernels are kept only until this process ends: {error}; "
+            "set CUPYFLASH_CACHE to a folder of your own",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return Cache(temporary)
 
 
 def _require_private(folder: Path) -> None:

@@ -16,9 +16,8 @@ __thread Identity* current = nullptr;
 
 namespace {
 
-// Under a random schedule, one access to memory in so many offers the CPU to other warps. Demotions of the
-// leader under
-// kPriority are rarer: PCT wants few of them.
+// Under a random schedule, one access to memory in so many offers the CPU to other warps. Demotions of the leader
+// under kPriority are rarer: PCT wants few of them.
 constexpr std::uint32_t kPreemptOneIn = 256;
 constexpr std::uint32_t kDemoteOneIn = 512;
 

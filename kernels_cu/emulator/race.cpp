@@ -44,16 +44,18 @@ inline bool is_ordered(const Access& earlier, const Clock& clock, int warp, std:
 
 void RaceDetector::reset(bool enabled, std::uint32_t shared_bytes) {
   enabled_ = enabled;
-  base_clock_ = 1;
+  latest_clock_ = 1;
   words_.assign(enabled ? (shared_bytes + 3) / 4 : 0, Word{});
   sites_.assign(enabled ? kSites : 0, Site{});
 }
 
 void RaceDetector::begin_block(Clock* clocks, int num_warps) {
   if (!enabled_) return;
+  const std::uint32_t past = latest_clock_;
+  latest_clock_ = past + 1;
   for (int w = 0; w < num_warps; ++w) {
-    clocks[w].seen.fill(base_clock_);
-    clocks[w].seen[w] = base_clock_ + 1;
+    clocks[w].seen.fill(past);
+    clocks[w].seen[w] = latest_clock_;
   }
 }
 
@@ -141,7 +143,7 @@ void RaceDetector::acquire(Clock& clock, const Clock& published) {
 void RaceDetector::order_lanes(Clock& clock, int warp) {
   if (!enabled_) return;
   ++clock.seen[warp];
-  if (base_clock_ < clock.seen[warp]) base_clock_ = clock.seen[warp];
+  if (latest_clock_ < clock.seen[warp]) latest_clock_ = clock.seen[warp];
 }
 
 }  // namespace emulator

@@ -88,7 +88,7 @@ class RaceDetector {
   std::uint32_t site_index(Site site);
 
   bool enabled_ = false;
-  std::uint32_t base_clock_ = 1;
+  std::uint32_t latest_clock_ = 1;  // the highest that any access can carry
   std::vector<Word> words_;
   std::vector<Site> sites_;
 };

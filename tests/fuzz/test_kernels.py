@@ -51,7 +51,8 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=30)
+# An example takes about half a second.
+@settings(max_examples=settings.default.max_examples // 4)
 @given(problems())
 def test_forward(problem: dict[str, Any]) -> None:
     spec, (heads_q, heads_kv) = problem["spec"], problem["heads"]

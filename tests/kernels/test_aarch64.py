@@ -52,6 +52,7 @@ def run(command, runner, tmp_path, *flags):
     return re.sub(r"\d+ bytes past", "... bytes past", output).splitlines()
 
 
+@pytest.mark.slow
 def test_same_bits_and_reports(cxx, tmp_path):
     here = run(cxx, [], tmp_path)
     assert len(here) == 6

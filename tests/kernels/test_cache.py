@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cupyflash.build.cache import Cache, default_folder, digest
+from cupyflash.build.cache import Cache, default_cache, default_folder, digest
 
 posix = pytest.mark.skipif(os.name != "posix", reason="modes and owners are POSIX's")
 
@@ -193,3 +193,19 @@ def test_default_folder(monkeypatch, tmp_path):
     assert default_folder() == tmp_path / "home" / ".cache" / "cupyflash"
     with pytest.raises(ValueError, match="max_bytes=-1 is negative"):
         Cache(tmp_path, max_bytes=-1)
+
+
+@posix
+def test_without_a_home(monkeypatch, tmp_path):
+    """No folder that can be written: a temporary one, and a warning; but a folder the user chose is not replaced."""
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("CUPYFLASH_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(RuntimeWarning, match="kept only until this process ends: .*CUPYFLASH_CACHE"):
+        cache = default_cache()
+    assert cache.folder != default_folder()
+    assert (cache.get("key", writer(b"here")) / "data").read_bytes() == b"here"
+    assert default_cache() is cache
+    monkeypatch.setenv("CUPYFLASH_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="file"):
+        default_cache()

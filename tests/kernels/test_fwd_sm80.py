@@ -54,7 +54,7 @@ LENGTHS = [(64, 64), (1, 1), (65, 127), (77, 130), (130, 77), (1, 200), (129, 64
 @pytest.mark.usefixtures("cxx")
 @pytest.mark.parametrize("window", [None, (None, 0), (20, 70)], ids=["full", "causal", "window"])
 @pytest.mark.parametrize("align", ["top_left", "bottom_right"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_against_the_definition(dtype, head_dim, align, window):
     if window is None and align == "bottom_right":

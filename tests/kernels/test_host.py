@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cupyflash.build import host
-from cupyflash.build.cache import Cache
+from cupyflash.build.cache import Cache, default_cache
 from cupyflash.build.host import build_kernel, build_runtime, find_compiler
 from cupyflash.errors import KernelCompileError, Unsupported
 from tests.kernels.harness import source_of
@@ -49,6 +49,7 @@ def test_other_systems(monkeypatch):
     host._find_compiler.cache_clear()
 
 
+@pytest.mark.slow
 def test_built_once(cxx, tmp_path, monkeypatch):
     cache = Cache(tmp_path)
     runtime = build_runtime(cache)
@@ -62,8 +63,8 @@ def test_built_once(cxx, tmp_path, monkeypatch):
         build_runtime(cache, portable_fibers=True)
 
 
-def test_compiler_says_why(cxx, tmp_path):
-    cache = Cache(tmp_path)
+def test_compiler_says_why(cxx):
+    cache = default_cache()
     runtime = build_runtime(cache)
     with pytest.raises(KernelCompileError, match="could not compile test:") as caught:
         build_kernel(source_of(NOTHING + "#error because\n"), cache, runtime)
@@ -71,6 +72,7 @@ def test_compiler_says_why(cxx, tmp_path):
     assert "because" in caught.value.log
 
 
+@pytest.mark.slow
 def test_conversions_without_the_instructions(cxx, tmp_path):
     """numeric.h converts by hand where the CPU cannot; here it is told not to, with the same results."""
     flag = "-mno-f16c"

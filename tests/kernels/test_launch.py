@@ -71,6 +71,8 @@ def test_wrong_launch():
         echo(*values, block=(32, 2))
     with pytest.raises(ValueError, match=r"grid=\(1, 1, 1, 1\) has 4 dimensions"):
         echo(*values, grid=(1, 1, 1, 1))
+    with pytest.raises(ValueError, match=r"grid=\(-1,\): every number of blocks is between 0 and"):
+        echo(*values, grid=(-1,))
     with pytest.raises(EmulatorError, match="a multiple of 32, not 33"):
         echo(*values, block=(33,))
     with pytest.raises(EmulatorError, match="32 to 1024 threads, a multiple of 32, not 2048"):

@@ -317,7 +317,7 @@ extern "C" __global__ void leave(const u32* x) {
 
 
 def test_preemption_loses_updates():
-    """Adding to global memory without an atomic is right in every order of whole threads, wrong once one is interrupted."""
+    """Adding without an atomic is right in every order of whole threads, and wrong once one is interrupted."""
     text = r"""
 #include "isa.cuh"
 extern "C" __global__ void count(u32* total) {
@@ -334,3 +334,20 @@ extern "C" __global__ void count(u32* total) {
     assert total(Options()) == 20 * 128
     for schedule in ("random", "priority"):
         assert min(total(Options(schedule=schedule, seed=seed)) for seed in range(5)) < 20 * 128
+
+
+def test_blocks_do_not_race_in_shared_memory():
+    """Each block has its own; the emulator reuses the bytes, and the shadow words, without clearing them."""
+    text = r"""
+#include "isa.cuh"
+extern "C" __global__ void alternate(u32* out) {
+  // In even blocks the first warp uses the words, in odd ones the second.
+  if (isa::warp_index() == isa::block_index_x() % 2) {
+    isa::st_shared_4(isa::shared_base() + 4 * isa::lane_index(), isa::lane_index());
+    isa::stg_4(out + isa::lane_index(), isa::ld_shared_4(isa::shared_base() + 4 * isa::lane_index()));
+  }
+}
+"""
+    out = guarded_array(32, np.uint32, "out")
+    compiled(text).get_function("alternate")((4,), (64,), (out,), shared_mem=128)
+    np.testing.assert_array_equal(out, np.arange(32))
