@@ -1,0 +1,147 @@
+"""The GPU benchmark as far as it goes without a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.gpu.device import NO_GPU, find_gpu
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("bench_gpu")
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("tables")
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / "bench_gpu.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_without_a_gpu() -> None:
+    gpu, reason = find_gpu()
+    if gpu is not None:
+        pytest.skip(f"there is a GPU: {gpu.name}")
+    answer = run()
+    assert answer.returncode == NO_GPU
+    assert answer.stderr.startswith("nothing can be measured: ")
+    assert reason.split("(")[0] in answer.stderr
+    assert len(answer.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [(("--cases", "d5*"), "matches none"), (("--rounds", "0"), "at least 1")]
+)
+def test_bad_arguments(words: tuple[str, ...], message: str) -> None:
+    answer = run(*words)
+    assert answer.returncode == 2
+    assert message in answer.stderr
+
+
+def test_names_are_unique(bench: ModuleType) -> None:
+    names = [case.name for case in bench.CASES]
+    assert len(set(names)) == len(names)
+    assert {"d128 causal 4096", "d128 full 4096 float16", "d128 full 1x8192 32/8 heads"} <= set(names)
+
+
+def test_everything_takes_turns(bench: ModuleType) -> None:
+    order = []
+    # A clock that slows down from sample to sample disturbs a ratio within a round little, across rounds a lot.
+    drift = itertools.count(1)
+
+    def sampler(name: str, seconds: float) -> float:
+        order.append(name)
+        return seconds * (1 + next(drift) / 1000)
+
+    samplers = {"cupyflash": lambda: sampler("cupyflash", 1.0), "cudnn": lambda: sampler("cudnn", 2.0)}
+    samples, ratios = bench.take_turns(samplers, 4)
+    assert order == ["cupyflash", "cudnn", "cudnn", "cupyflash"] * 2
+    assert [len(taken) for taken in samples.values()] == [4, 4]
+    assert list(ratios) == ["cudnn"]
+    assert ratios["cudnn"]["samples"] == 4
+    assert ratios["cudnn"]["low"] <= ratios["cudnn"]["median"] <= ratios["cudnn"]["high"]
+    assert ratios["cudnn"]["median"] == pytest.approx(2.0, rel=2e-3)
+
+
+def test_memory_bound_cases_rotate_over_twice_the_cache(bench: ModuleType) -> None:
+    l2_bytes = 60 << 20
+    for case in bench.CASES:
+        if case.reads_once:
+            assert (case.sets(l2_bytes) - 1) * case.bytes >= 2 * l2_bytes
+        else:
+            assert case.sets(l2_bytes) == 1
+    small = bench.Case(1, (8, 8), 1, 1024, 128, reads_once=True)
+    assert (small.sets(l2_bytes) - 1) * small.bytes >= 2 * l2_bytes
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_wrong_results_are_refused(bench: ModuleType, dtype: str, is_causal: bool) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    case = bench.Case(2, (4, 2), 40, 40, 16, is_causal, dtype)
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(shape).to(getattr(torch, dtype)) for shape in (case.shapes[0], *[case.shapes[1]] * 2)
+    )
+    wide = [x.double().repeat_interleave(case.heads[0] // x.shape[1], dim=1) for x in (query, key, value)]
+    right = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=is_causal).to(query.dtype)
+    bench.check(right, case, (query, key, value), torch)
+    for place in ((0, 0, 0, 3), (1, 3, 39, 15)):
+        wrong = right.clone()
+        wrong[place] += 0.1
+        with pytest.raises(AssertionError, match="attention"):
+            bench.check(wrong, case, (query, key, value), torch)
+    right[1, 1, 20, 5] = float("nan")
+    with pytest.raises(AssertionError, match="NaN"):
+        bench.check(right, case, (query, key, value), torch)
+
+
+def report(bench: ModuleType) -> dict[str, object]:
+    compute, memory = bench.Case(4, (16, 16), 4096, 4096, 128), bench.Case(32, (32, 8), 1, 8192, 128, reads_once=True)
+    samples = {"cupyflash": [1e-3, 1.1e-3, 0.9e-3], "cudnn": [0.8e-3, 0.9e-3, 0.7e-3]}
+    ratios = {"cudnn": {"median": 0.8, "low": 0.78, "high": 0.83, "samples": 3}}
+    rows = [
+        bench.row_of(compute, samples, ratios, {"flash": "it does not like this"}),
+        bench.row_of(memory, {}, {}, {"cupyflash": "refused"}),
+    ]
+    machine = dict.fromkeys(("name", "driver", "cuda", "cupy", "nvrtc", "torch", "cudnn"), "1.2")
+    clocks = {"after": {"clocks.sm": "1980 MHz"}}
+    about = {"commit": "0123456789abcdef", "dirty": True, "date": "2030-01-02T03:04:05", "command": "python bench"}
+    return {"machine": {**machine, "name": "A GPU"}, "clocks": clocks, **about, "results": rows}
+
+
+def test_rates(bench: ModuleType) -> None:
+    row, lacking = report(bench)["results"]
+    assert row["TFLOP/s"]["cupyflash"] == pytest.approx(4 * 4 * 16 * 4096 * 4096 * 128 / 1e-3 / 1e12)
+    assert row["GB/s"]["cupyflash"] == pytest.approx(4 * 4 * 16 * 4096 * 128 * 2 / 1e-3 / 1e9)
+    assert row["seconds"]["cudnn"]["median"] == 0.8e-3
+    line = bench.describe_row(row)
+    assert "cupyflash 550, cudnn 687 TFLOP/s; cudnn 0.80× (0.78 to 0.83)" in line
+    assert "flash is left out: it does not like this" in line
+    assert "cupyflash is left out: refused" in bench.describe_row(lacking)
+
+
+def test_readme_table(bench: ModuleType, tables: ModuleType) -> None:
+    text = tables.gpu_table([report(bench)])
+    lines = text.splitlines()
+    assert lines[0] == "| case | cupyflash | vs cuDNN | vs FlashAttention-2 | vs memory-efficient |"
+    assert lines[2] == "| d128 full 4096 | 550 TFLOP/s | 0.80× (0.78 to 0.83) | – | – |"
+    assert lines[3] == "| d128 full 1x8192 32/8 heads | – | – | – | – |"
+    assert "A GPU at 1980 MHz" in text
+    assert "commit 0123456789 with changes, 2030-01-02; `python bench`" in text
+    assert tables.gpu_table([]) == tables.NOT_MEASURED
