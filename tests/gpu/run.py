@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(describe_gpu(), flush=True)
     except RuntimeError as error:
-        print(f"make gpu needs a GPU: {error}", file=sys.stderr)
+        print(error, file=sys.stderr)
         return NO_GPU
     outcomes = run_stages(stages, given.out)
     print()

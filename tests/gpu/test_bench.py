@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.gpu.device import NO_GPU, find_gpu
+import cupyflash
+from tests.gpu.device import NO_GPU, Gpu, find_gpu
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -145,3 +151,69 @@ def test_readme_table(bench: ModuleType, tables: ModuleType) -> None:
     assert "A GPU at 1980 MHz" in text
     assert "commit 0123456789 with changes, 2030-01-02; `python bench`" in text
     assert tables.gpu_table([]) == tables.NOT_MEASURED
+
+
+@pytest.fixture
+def without_gpu(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The benchmark with everything that touches a GPU put in the CPU's place, and constant times."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    gpu = Gpu("NVIDIA A-1 (2)", "sm_90", "580.1", "13.0", "14.2.0", "13.0", 1 << 20, 8)
+    seconds = {"cupyflash": 1e-3, "cudnn": 2e-3, "flash": 3e-3}
+    cupy = ModuleType("cupy")
+    cupy.cuda = SimpleNamespace(ExternalStream=lambda pointer: nullcontext())  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(bench, "CASES", (bench.Case(1, (2, 2), 20, 20, 16), bench.Case(1, (2, 1), 9, 20, 16, True)))
+    monkeypatch.setattr(bench, "what_is_missing", lambda: (gpu, ""))
+
+    def operands(case: Any, count: int, torch: Any) -> list[tuple[Any, ...]]:
+        shapes = (case.shapes[0], *[case.shapes[1]] * 2)
+        return [tuple(torch.randn(shape).to(getattr(torch, case.dtype)) for shape in shapes) for _ in range(count)]
+
+    def ours(case: Any, sets: Any, torch: Any) -> Any:
+        def call(number: int) -> Any:
+            arrays = [bench.to_numpy(x, torch) for x in sets[number % len(sets)]]
+            out = cupyflash.attention(*arrays, is_causal=case.is_causal, enable_gqa=case.heads[0] != case.heads[1])
+            return torch.from_numpy(out.view(np.int16)).view(sets[0][0].dtype)
+
+        return call
+
+    @contextmanager
+    def backend(name: str, torch: Any) -> Iterator[None]:
+        if name == "efficient":
+            raise RuntimeError("No available kernel. Aborting execution.\nmore")
+        yield
+
+    monkeypatch.setattr(bench, "operands_of", operands)
+    monkeypatch.setattr(bench, "our_call", ours)
+    monkeypatch.setattr(bench, "as_only_backend", backend)
+    monkeypatch.setattr(bench, "warm_up", lambda name, call, torch: 1)
+    monkeypatch.setattr(bench, "sampler", lambda name, call, calls, torch: lambda: seconds[name])
+    return bench
+
+
+def test_a_run_writes_its_report(without_gpu: ModuleType, tables: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "gpu-test.json"
+    assert without_gpu.main(["--out", str(out), "--rounds", "3"]) == 0
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert [row["name"] for row in report["results"]] == ["d16 full 20", "d16 causal 9x20 2/1 heads"]
+    for row in report["results"]:
+        assert row["refused"] == {"efficient": "No available kernel. Aborting execution."}
+        assert row["ratios"]["cudnn"] == {"median": 2.0, "low": 2.0, "high": 2.0, "samples": 3}
+        assert row["ratios"]["flash"]["median"] == pytest.approx(3.0)
+    assert report["machine"]["driver"] == "580.1"
+    assert report["command"] == f"python benchmarks/bench_gpu.py --out {out} --rounds 3"
+    assert "| d16 full 20 | 0 TFLOP/s | 2.00× (2.00 to 2.00) | 3.00× (3.00 to 3.00) | – |" in tables.gpu_table([report])
+
+
+def test_our_wrong_result_is_a_failure(
+    without_gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    right = without_gpu.our_call
+    monkeypatch.setattr(without_gpu, "our_call", lambda *given: lambda number: right(*given)(number) * 2)
+    monkeypatch.setattr(without_gpu, "RESULTS", tmp_path)
+    assert without_gpu.main(["--cases", "*full*"]) == 1
+    (row,) = json.loads((tmp_path / "gpu-nvidia-a-1-2.json").read_text(encoding="utf-8"))["results"]
+    assert row["refused"]["cupyflash"].startswith("attention")
+    assert set(row["seconds"]) == {"cudnn", "flash"}
+    assert row["ratios"] == {}
