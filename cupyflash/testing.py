@@ -20,8 +20,8 @@ bias, …):
   the same formula computed plainly in the same precision, plus one unit.  Weights below the smallest normal
   number may be lost.
 * float16 and bfloat16: at most 3·u·Σ_j p_j|v_j| + 1e-6, since P may be rounded to the input dtype before P·V.
-  The scores are float32 and their share of the unit above is added: at scores of 1e5 it exceeds the first
-  term.
+  The scores are float32, and three times their share of the unit above is added, one for each of q·k, the mask
+  and ALiBi, which round one after the other: at scores of 1e5 it exceeds the first term.
 * lse: at most 1e-5 + 2⁻²⁰·(Σ_j p_j m_j + |lse|) (for float64 both times 2⁻²⁹, the ratio of the roundoffs).
 * NaN and infinities stand where they must and nowhere else.
 """
@@ -215,7 +215,8 @@ def oracle(
                 s = s + bias[index]
             if slopes is not None:
                 distance = slopes[b, h] * np.abs(i + shift - j).astype(dtype)
-                size = np.maximum(size, np.abs(distance))
+                absorbed = np.abs(s) + np.abs(distance) == np.abs(s)
+                size = np.maximum(size, np.where(absorbed, 0, np.maximum(np.abs(s), np.abs(distance))))
                 s = s - distance
             removed = removed | ~visible[index]
             if mask_mod is not None:
@@ -271,7 +272,7 @@ def oracle(
 
 def largest_number(dtype: np.dtype[Any]) -> float:
     """The largest finite number of a dtype."""
-    return float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
+    return float(ml_dtypes.finfo(dtype).max)
 
 
 def default_scale(head_dim: int) -> float:
@@ -380,7 +381,7 @@ def _bound(dtype: np.dtype[Any], truth: Array, plain: Array, spread: Array, move
         underflow = np.finfo(accumulator).tiny * lost
         bound = (2 * _largest(np.abs(plain - truth) - underflow, unit) + 1) * unit + underflow
         if dtype.itemsize == 2:
-            bound = 3 * u * spread + u_acc * moved + 1e-6
+            bound = 3 * u * spread + 3 * u_acc * moved + 1e-6
     return bound
 
 
@@ -486,14 +487,15 @@ def _transposed(x: Array) -> Array:
 def _strided(x: Array) -> Array:
     """Every second element of every axis."""
     buffer = np.zeros([2 * n for n in x.shape], x.dtype)
-    view = buffer[(..., *(slice(None, None, 2),) * x.ndim)]
+    every_second: tuple[Any, ...] = (..., *(slice(None, None, 2),) * x.ndim)
+    view = buffer[every_second]
     view[...] = x
     return view
 
 
 def _reversed(x: Array) -> Array:
     """Every stride is negative."""
-    backwards = (..., *(slice(None, None, -1),) * x.ndim)
+    backwards: tuple[Any, ...] = (..., *(slice(None, None, -1),) * x.ndim)
     return x[backwards].copy()[backwards]
 
 

@@ -36,8 +36,8 @@ struct PhiloxWords {
   unsigned int words[4];
 };
 
-__device__ __forceinline__ PhiloxWords philox4x32_10(unsigned int c0, unsigned int c1, unsigned int c2,
-                                                     unsigned int c3, unsigned int k0, unsigned int k1) {
+__device__ __forceinline__ PhiloxWords philox4x32_10(unsigned int c0, unsigned int c1, unsigned int c2, unsigned int c3,
+                                                     unsigned int k0, unsigned int k1) {
   constexpr int kRounds = 10;
   // 64-bit products rather than __umulhi: one wide multiply on the device, and plain C++ everywhere else.
   constexpr unsigned long long kM0 = 0xD2511F53u;
@@ -58,8 +58,8 @@ __device__ __forceinline__ PhiloxWords philox4x32_10(unsigned int c0, unsigned i
 }
 
 // The words of the 2 x 2 elements that share (row, col)'s counter: rows i and i + 8, columns j and j + 1.
-__device__ __forceinline__ PhiloxWords dropout_words(unsigned long long seed, unsigned long long bh,
-                                                     unsigned int row, unsigned int col) {
+__device__ __forceinline__ PhiloxWords dropout_words(unsigned long long seed, unsigned long long bh, unsigned int row,
+                                                     unsigned int col) {
   return philox4x32_10(col >> 1, ((row >> 4) << 3) | (row & 7u), static_cast<unsigned int>(bh),
                        static_cast<unsigned int>(bh >> 32), static_cast<unsigned int>(seed),
                        static_cast<unsigned int>(seed >> 32));

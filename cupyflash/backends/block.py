@@ -164,7 +164,7 @@ class Block:
                     for keep in removals:
                         by_head = self._by_head(scores)
                         by_head += _bias(keep, self.dtype)
-                    self._raise_shift(scores, shift, row_sum, output, is_first)
+                    self._raise_shift(scores, shift, row_sum, None if exact else output, is_first)
                     removals = ()
                 if not bounded:
                     scores -= shift[:, None]
@@ -176,6 +176,8 @@ class Block:
                 if bounded or takes_maximum or sums.max() < _SUM_TOO_LARGE:
                     break
                 takes_maximum = True
+            if exact:
+                self._normalize(scores, sums, row_sum, output, is_first)
             if self.problem.dropout_p:
                 self._drop(scores, tile)
             self._accumulate(scores, sums, value, row_sum, output, is_first)
@@ -192,10 +194,10 @@ class Block:
                     return False
             if not _is_finite(output):
                 return False
-        self._finish(shift, row_sum, output)
+        self._finish(shift, row_sum, output, is_normalized=exact)
         return True
 
-    def _raise_shift(self, scores: Any, shift: Any, row_sum: Any, output: Any, is_first: bool) -> None:
+    def _raise_shift(self, scores: Any, shift: Any, row_sum: Any, output: Any | None, is_first: bool) -> None:
         """Raise each row's shift to the maximum of the tile, and rescale what was summed with the old one."""
         # A row of -inf gets the least finite number: exp(-inf - m) must stay 0.
         least = _LEAST[self.dtype]
@@ -206,8 +208,21 @@ class Block:
         np.maximum(largest, shift, out=largest)
         rescale = np.exp(shift - largest)
         row_sum *= rescale
-        output *= rescale
+        if output is not None:
+            output *= rescale
         shift[...] = largest
+
+    def _normalize(self, weights: Any, sums: Any, row_sum: Any, output: Any, is_first: bool) -> None:
+        """Make `weights` and `output` shares of the row's sum so far.
+
+        The exact pass keeps the output normalised, as a running mean of V, so that it can't overflow where V is near
+        the largest number of its type.
+        """
+        total = sums if is_first else row_sum + sums
+        divisor = np.where(total == 0, 1, total)
+        weights /= divisor[:, None]
+        if not is_first:
+            output *= row_sum / divisor
 
     def _row_sums(self, scores: Any) -> Any:
         units, runs, folded, keys = scores.shape
@@ -232,7 +247,8 @@ class Block:
             row_sum += sums
             output += product
 
-    def _finish(self, shift: Any, row_sum: Any, output: Any) -> None:
+    def _finish(self, shift: Any, row_sum: Any, output: Any, is_normalized: bool) -> None:
+        """Write the output and the log-sum-exp, the sinks counted."""
         problem = self.problem
         has_empty = not np.minimum.reduce(row_sum, axis=None) > 0  # or NaN
         if has_empty:
@@ -243,10 +259,9 @@ class Block:
             sinks = np.repeat(sinks.reshape(self.units, self.group), self.rows, axis=1)[..., None]
             largest = np.maximum(shift, sinks)
             rescale = np.exp(shift - largest)
-            output *= rescale
-            row_sum *= rescale
-            row_sum += np.exp(sinks - largest)
-            shift[...] = largest
+            with_sinks = row_sum * rescale + np.exp(sinks - largest)
+            output *= row_sum * rescale / with_sinks if is_normalized else rescale
+            row_sum[...], shift[...] = with_sinks, largest
         if self.lse is not None:
             self.lse[...] = (shift + np.log(row_sum)).reshape(self.lse.shape)
         if 0 < problem.dropout_p < 1:
@@ -254,8 +269,10 @@ class Block:
         if has_empty:
             row_sum[row_sum == 0] = 1
             output[empty[..., 0]] = 0
-        by_head = row_sum.reshape(self.units, self.group, self.rows, 1)
-        np.divide(output.reshape(self.out.shape), by_head, out=self.out, casting="unsafe")
+        divisor: Any = row_sum.reshape(self.units, self.group, self.rows, 1)
+        if is_normalized:
+            divisor = self.dtype.type(1 - problem.dropout_p if problem.dropout_p < 1 else 1)
+        np.divide(output.reshape(self.out.shape), divisor, out=self.out, casting="unsafe")
         if self.weights is not None:
             self.shift, self.divisor = shift[:, None], row_sum[:, None]
 

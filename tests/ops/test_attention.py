@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 
 import cupyflash
+from cupyflash.backends import registry
 from cupyflash.testing import DTYPES, LAYOUTS, Case, MaskSpec, SinkSpec, assert_attention_close, oracle
 from tests.cases import (
     BACKENDS,
     CASES,
     DROPOUT,
+    SCORE_ARGUMENTS,
     SHAPES,
+    Capabilities,
     heads,
     on_every_backend,
     shapes,
@@ -41,16 +44,43 @@ def named(query: np.ndarray, key: np.ndarray, value: np.ndarray, **more: Any) ->
     return {"query": query, "key": key, "value": value, **more}
 
 
-@on_every_backend
-@pytest.mark.parametrize("name", CASES)
-def test_case(name: str, backend: str) -> None:
-    case = CASES[name]
-    if BACKENDS[backend].refused_features(case):
+def check(case: Case, backend: str, capabilities: Capabilities) -> None:
+    """The backend answers the case rightly, or refuses what it says that it refuses."""
+    if capabilities.refused_features(case):
         with pytest.raises(cupyflash.Unsupported) as refusal:
             cupyflash.attention(**case.arguments(), backend=backend)
         assert refusal.value.reasons[backend]
     else:
         case.check(backend)
+
+
+@on_every_backend
+@pytest.mark.parametrize("name", CASES)
+def test_case(name: str, backend: str) -> None:
+    check(CASES[name], backend, BACKENDS[backend])
+
+
+class WithoutSoftcap:
+    """Somebody else's backend."""
+
+    def reasons(self, problem: Any) -> list[str]:
+        return ["it has no softcap"] if problem.softcap else []
+
+    def run(self, problem: Any, buffers: Any) -> None:
+        registry._backends["math"].run(problem, buffers)
+
+
+def test_a_backend_of_somebody_else_joins_by_a_row_that_says_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_backends", dict(registry._backends))
+    cupyflash.register_backend("foreign", WithoutSoftcap())
+    plain, capped = SCORE_ARGUMENTS["scale-2"], SCORE_ARGUMENTS["softcap-5"]
+    row = Capabilities(refuses=frozenset({"softcap"}))
+    check(plain, "foreign", row)
+    check(capped, "foreign", row)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        check(capped, "math", row)
+    with pytest.raises(cupyflash.Unsupported):
+        check(capped, "foreign", Capabilities())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -309,6 +339,17 @@ def test_nan_or_infinity_in_a_float_mask_at_a_removed_key_is_ignored(bad: float,
 
 @on_every_backend
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("how", ["mask_mod", "score_mod", "score_mod under softcap", "window on the left"])
+def test_nan_or_infinity_in_a_float_mask_does_not_undo_a_removal(how: str, bad: float, backend: str) -> None:
+    mask = np.where(np.arange(9) == 5, bad, 0.5).astype(np.float32)
+    arguments = heads(1, 2, 4, 9, 8).arguments() | REMOVALS[how](4, 9, 5)
+    out, lse = run(arguments, backend, attn_mask=mask)
+    assert np.isfinite(out).all()
+    assert not np.isnan(lse).any()
+
+
+@on_every_backend
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_minus_infinity_in_a_float_mask_removes_over_any_score(bad: float, backend: str) -> None:
     arguments = heads(1, 1, 4, 9, 8).arguments()
     arguments["key"][0, 0, 6, 0] = bad
@@ -433,6 +474,16 @@ def test_float32_values_far_from_one(magnitude: float, backend: str) -> None:
         arguments = case.arguments()
         arguments["value"] = (arguments["value"] * magnitude).astype(np.float32)
         run(arguments, backend)
+
+
+@on_every_backend
+@pytest.mark.parametrize("level", [15.0, -15.0, 70.0])
+def test_values_near_the_largest_float32_do_not_overflow_on_the_way(level: float, backend: str) -> None:
+    """exp(15)·1e32 would: nothing but weights, which are at most 1, may be multiplied by V."""
+    query, key, value = operands((1, 300, 4), (1, 1100, 4), (1, 1100, 4))
+    query, key = 0.1 * query, 0.1 * key
+    query[..., 0], key[..., 0] = 2, level
+    run(named(query, key, value * np.float32(1e32)), backend)
 
 
 # ------------------------------------------------------------------------------------------------------------

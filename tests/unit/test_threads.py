@@ -249,12 +249,13 @@ def test_a_child_made_by_fork_computes() -> None:
 def test_a_child_made_by_fork_within_a_call_computes_and_so_does_its_parent() -> None:
     arguments = BIG.arguments()
     expected = as_bytes(cupyflash.attention(**arguments, backend="numpy"))
-    became: list[str] = []
+    first, became = threading.Lock(), []
 
     def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        if not became:
-            became.append("forking")
-            became[0] = in_forked_child(lambda: as_bytes(cupyflash.attention(**arguments, backend="numpy")) == expected)
+        if first.acquire(blocking=False):
+            became.append(
+                in_forked_child(lambda: as_bytes(cupyflash.attention(**arguments, backend="numpy")) == expected)
+            )
         return score
 
     result = cupyflash.attention(**arguments | {"score_mod": score_mod}, backend="numpy")
@@ -271,6 +272,30 @@ def test_fork_leaves_the_blas_threads_of_parent_and_child(blas: Blas) -> None:
         return blas.get() == 3
 
     assert in_forked_child(keeps) == "right"
+    assert blas.get() == 3
+
+
+@needs_fork
+def test_a_child_made_by_fork_within_a_call_has_the_blas_threads_of_before_it(blas: Blas) -> None:
+    first, became = threading.Lock(), []
+
+    def as_in_a_new_process() -> bool:
+        before, during = blas.get(), set()
+
+        def look(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+            during.add(blas.get())
+            return score
+
+        cupyflash.attention(**BIG.arguments() | {"score_mod": look}, backend="numpy")
+        return (before, during, blas.get()) == (3, {1}, 3)
+
+    def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        if first.acquire(blocking=False):
+            became.append(in_forked_child(as_in_a_new_process))
+        return score
+
+    cupyflash.attention(**BIG.arguments() | {"score_mod": score_mod}, backend="numpy")
+    assert became == ["right"]
     assert blas.get() == 3
 
 

@@ -142,3 +142,12 @@ def test_values_too_large_for_unshifted_weights_take_the_exact_pass(passes: list
     assert np.isfinite(out).all()
     np.testing.assert_allclose(out, cupyflash.attention(query, key, value, backend="math"), rtol=1e-4, atol=1e32)
     assert True in passes
+
+
+def test_the_mean_of_the_largest_values_is_finite() -> None:
+    query, key = np.ones((1, 3, 8), np.float32), np.zeros((1, 900, 8), np.float32)
+    value = np.full((1, 900, 4), np.finfo(np.float32).max / 2, np.float32)
+    for extra in ({}, {"sinks": np.zeros(1, np.float32)}, {"dropout_p": 0.25, "seed": 1}, {"is_causal": True}):
+        out = cupyflash.attention(query, key, value, **extra)
+        assert np.isfinite(out).all()
+        np.testing.assert_allclose(out, cupyflash.attention(query, key, value, backend="math", **extra), rtol=1e-5)
