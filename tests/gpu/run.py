@@ -10,8 +10,8 @@ bench        benchmarks/bench_gpu.py
 ===========  ==========================================================================================================
 
 Every command runs in a process group of its own under a time limit, and a stage runs whatever became of the one before.
-``--out`` gets each command's log as it is written, copies of the results to commit, and ``summary.json``, rewritten
-after every command.  The exit status is 0 if all went well, 1 if not, 2 if there is no GPU.
+``--out`` gets each stage's log as it is written, copies of the results to commit, and ``summary.json``, rewritten after
+every command.  The exit status is 0 if all went well, 1 if not, 2 if there is no GPU.
 
 The order of stages and their limits are tested without a GPU; what the commands do on one nobody has seen yet.
 """
@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOTAL_SECONDS = 540.0
 GPU_SECONDS = 60.0  # for the first contact with the driver
 SANITIZER_FAILED = 9
+TOOLKIT = "/usr/local/cuda/bin"  # where CUDA puts its tools unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -101,17 +102,18 @@ def run_stages(stages: Sequence[Stage], out: Path, total_seconds: float = TOTAL_
     Parameters
     ----------
     out : Path
-        A folder, made if it is not there: ``<stage>-<command>.log``, the stages' results, ``summary.json``.
+        A folder, made if it is not there: ``<stage>.log``, the stages' results, ``summary.json``.
     """
     out.mkdir(parents=True, exist_ok=True)
     began = time.time()
     until = time.monotonic() + total_seconds
     outcomes: list[Outcome] = []
     for stage in stages:
+        log = out / f"{stage.name}.log"
+        log.write_bytes(b"")
         for command in stage.commands:
             print(f"== {stage.name}: {command.name}", flush=True)
             started = time.monotonic()
-            log = out / f"{stage.name}-{command.name}.log"
             status = run_command(command, log, min(command.seconds, until - started), out)
             outcomes.append(Outcome(stage.name, command.name, status, round(time.monotonic() - started, 1)))
             summary = json.dumps([asdict(outcome) for outcome in outcomes], indent=1)
@@ -124,15 +126,15 @@ def run_stages(stages: Sequence[Stage], out: Path, total_seconds: float = TOTAL_
 
 
 def run_command(command: Command, log: Path, seconds: float, out: Path) -> str:
-    """Runs it with its output in ``log`` and on the terminal; returns the status of its `Outcome`."""
+    """Runs it with its output at the end of ``log`` and on the terminal; returns the status of its `Outcome`."""
     if seconds <= 0:
         return "not started: no time is left"
-    program = shutil.which(command.words[0])
+    program = shutil.which(command.words[0]) or shutil.which(command.words[0], path=TOOLKIT)
     if program is None:
-        return f"not started: {command.words[0]} is not on the path"
+        return f"not started: {command.words[0]} is neither on the path nor in {TOOLKIT}"
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "CUPYFLASH_MEASURED": str(out.resolve() / "measured.json")}
     with (
-        log.open("wb") as file,
+        log.open("ab") as file,
         subprocess.Popen(
             [program, *command.words[1:]],
             cwd=ROOT,

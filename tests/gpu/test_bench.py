@@ -117,6 +117,15 @@ def test_wrong_results_are_refused(bench: ModuleType, dtype: str, is_causal: boo
         bench.check(right, case, (query, key, value), torch)
 
 
+def test_backends_of_pytorch_are_chosen_alone(bench: ModuleType) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    switches = {"cudnn": "cudnn", "flash": "flash", "efficient": "mem_efficient", "math": "math"}
+    for name in bench.BACKENDS:
+        with bench.as_only_backend(name, torch):
+            enabled = {key: getattr(torch.backends.cuda, f"{word}_sdp_enabled")() for key, word in switches.items()}
+        assert enabled == {key: key == name for key in switches}
+
+
 def report(bench: ModuleType) -> dict[str, object]:
     compute, memory = bench.Case(4, (16, 16), 4096, 4096, 128), bench.Case(32, (32, 8), 1, 8192, 128, reads_once=True)
     samples = {"cupyflash": [1e-3, 1.1e-3, 0.9e-3], "cudnn": [0.8e-3, 0.9e-3, 0.7e-3]}

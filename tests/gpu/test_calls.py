@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import cupyflash
 from cupyflash.testing import DTYPES, LAYOUTS
 from tests.gpu.calls import CLAIMED, is_not_written, not_written, on_device, to_device
 from tests.gpu.small_calls import NAMES
@@ -54,9 +55,12 @@ def test_arguments_without_arrays_pass() -> None:
     assert not np.may_share_memory(moved["attn_mask"][0], given["attn_mask"][0])
 
 
+@pytest.mark.usefixtures("cxx")
 @pytest.mark.parametrize("name", [name for name in CLAIMED if name != "long"])
-def test_claimed_calls_are_valid(name: str) -> None:
-    CLAIMED[name].check("numpy")
+@pytest.mark.parametrize("backend", sorted({"numpy", "emulator"} & set(cupyflash.backends())))
+def test_claimed_calls_are_valid(backend: str, name: str) -> None:
+    """And the emulator, which runs the same kernels, does not refuse them either."""
+    CLAIMED[name].check(backend)
 
 
 def test_small_calls_are_small() -> None:

@@ -37,13 +37,13 @@ def test_stages_survive_one_another(tmp_path: Path) -> None:
         ("fails", "failed with status 3"),
         ("crashes", "failed with status -6"),
         ("hangs", "killed after 1 s"),
-        ("lacks", "not started: no-such-program is not on the path"),
+        ("lacks", "not started: no-such-program is neither on the path nor in /usr/local/cuda/bin"),
         ("works", "passed"),
     ]
     logs = {path.name: path.read_text() for path in tmp_path.glob("*.log")}
-    assert logs["fails-run.log"] == "so far\n"
-    assert logs["hangs-run.log"] == "waiting\n"
-    assert logs["works-run.log"] == "fine\n"
+    assert logs["fails.log"] == "so far\n"
+    assert logs["hangs.log"] == "waiting\n"
+    assert logs["works.log"] == "fine\n"
 
 
 def test_what_a_command_leaves_running_is_ended(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_what_a_command_leaves_running_is_ended(tmp_path: Path) -> None:
     (outcome,) = run_stages([stage("leaves", code)], tmp_path)
     assert outcome.status == "passed"
     assert time.monotonic() - started < 60
-    child = int((tmp_path / "leaves-run.log").read_text())
+    child = int((tmp_path / "leaves.log").read_text())
     for _ in range(100):  # it is dead at once, and gone when its new parent has noticed
         if has_ended(child):
             break
@@ -71,16 +71,18 @@ def has_ended(process: int) -> bool:
 def test_the_summary_is_there_after_every_command(tmp_path: Path) -> None:
     look = f"import json; print(len(json.load(open({str(tmp_path / 'summary.json')!r}))))"
     run_stages([stage("first", ""), stage("second", look)], tmp_path)
-    assert (tmp_path / "second-run.log").read_text() == "1\n"
+    assert (tmp_path / "second.log").read_text() == "1\n"
 
 
 def test_all_commands_of_a_stage_run(tmp_path: Path) -> None:
-    commands = (Command("a", python("-c", "raise SystemExit(1)"), 60), Command("b", python("-c", ""), 60))
+    fails = python("-c", "print('a'); raise SystemExit(1)")
+    commands = (Command("a", fails, 60), Command("b", python("-c", "print('b')"), 60))
     outcomes = run_stages([Stage("both", commands)], tmp_path)
     assert [(outcome.command, outcome.status) for outcome in outcomes] == [
         ("a", "failed with status 1"),
         ("b", "passed"),
     ]
+    assert (tmp_path / "both.log").read_text() == "a\nb\n"
 
 
 def test_the_whole_is_limited(tmp_path: Path) -> None:

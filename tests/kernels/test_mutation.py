@@ -230,7 +230,7 @@ def test_bad_exemptions_are_refused() -> None:
         ("fwd_sm80.cu", "exists ? 16 : 0", "16"),
         ("fwd_sm80.cu", "if (row_begin + row < num_rows)", ""),
         ("fwd_sm80.cu", "lane % 4 == 0 && row < num_rows", "lane % 4 == 0"),
-        ("fwd_sm80.cu", "isa::ex2(s_frag", "isa::ex2(0.5f * s_frag"),
+        ("fwd_sm80.cu", "scale_log2(params.scale * kLog2E)", "scale_log2(params.scale)"),
     ],
 )
 def test_problems_reach_every_branch(file: str, code: str, wrong: str) -> None:
@@ -244,6 +244,6 @@ def test_problems_reach_every_branch(file: str, code: str, wrong: str) -> None:
 @pytest.mark.usefixtures("cxx")
 def test_a_wrong_result_is_a_finding() -> None:
     subject = SUBJECTS["fwd_sm80.cu"]
-    text = subject.source.text.replace("isa::ex2(s_frag", "isa::ex2(0.5f * s_frag")
+    text = subject.source.text.replace("scale_log2(params.scale * kLog2E)", "scale_log2(params.scale)")
     found = finding(subject, Module(KernelSource("wrong", text, subject.source.entries)))
     assert found == f"problem 0: wrong result under {Options()}"
