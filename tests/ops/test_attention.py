@@ -105,8 +105,8 @@ def test_extra_results_follow_the_output_in_the_order_lse_weights(backend: str) 
 @on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes_of_the_results(dtype: str, backend: str) -> None:
-    out, lse, weights = heads(1, 2, 4, 5, dtype=dtype, return_weights=True).arguments(), None, None
-    out, lse, weights = cupyflash.attention(**out, backend=backend)
+    case = heads(1, 2, 4, 5, dtype=dtype, return_weights=True)
+    out, lse, weights = cupyflash.attention(**case.arguments(), backend=backend)
     accumulator = "float64" if dtype == "float64" else "float32"
     assert (out.dtype, lse.dtype, weights.dtype) == (DTYPES[dtype], DTYPES[accumulator], DTYPES[dtype])
 
@@ -167,7 +167,7 @@ def swapped_heads(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
 
 
 def every_second(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    return np.full([2 * n for n in shape], np.nan, dtype)[:, 1::2, ::2, ::-2]
+    return np.full([2 * n for n in shape], np.nan, dtype)[::2, 1::2, ::2, ::-2]
 
 
 def transposed(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
@@ -184,7 +184,7 @@ def unaligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
 def test_out_is_filled_and_returned(layout: Callable[..., np.ndarray], dtype: str, backend: str) -> None:
     shape = (2, 3, 70, 8)
     arguments = heads(2, 3, 70, 90, 8, dtype=dtype, is_causal=True).arguments()
-    out = layout(shape, DTYPES[dtype]) if layout is not every_second else every_second(shape, DTYPES[dtype])[:2]
+    out = layout(shape, DTYPES[dtype])
     result, lse = run(arguments, backend, out=out)
     assert result is out
     fresh, fresh_lse = run(arguments, backend)
