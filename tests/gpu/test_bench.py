@@ -126,7 +126,7 @@ def test_backends_of_pytorch_are_chosen_alone(bench: ModuleType) -> None:
         assert enabled == {key: key == name for key in switches}
 
 
-def report(bench: ModuleType) -> dict[str, object]:
+def report(bench: ModuleType) -> dict[str, Any]:
     compute, memory = bench.Case(4, (16, 16), 4096, 4096, 128), bench.Case(32, (32, 8), 1, 8192, 128, reads_once=True)
     samples = {"cupyflash": [1e-3, 1.1e-3, 0.9e-3], "cudnn": [0.8e-3, 0.9e-3, 0.7e-3]}
     ratios = {"cudnn": {"median": 0.8, "low": 0.78, "high": 0.83, "samples": 3}}
