@@ -24,11 +24,11 @@ test:  ## every test that this machine can run
 fuzz:  ## the property tests with many examples
 	HYPOTHESIS_PROFILE=nightly $(PYTHON) -m pytest tests/fuzz
 
-bench:  ## the benchmarks (pip install -e '.[bench]')
-	set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(PYTHON) "$$file"; done
+bench:  ## the benchmark on the CPU (pip install -e '.[bench]'); that on a GPU is part of `make gpu`
+	$(PYTHON) benchmarks/bench_cpu.py
 
-gpu:  ## the tests that need a GPU
-	@echo "There are no GPU kernels yet, so there is nothing to test on a GPU." >&2; exit 1
+gpu:  ## record, test, check and measure on a GPU, in about 9 minutes
+	$(PYTHON) -m tests.gpu.run
 
 format:  ## rewrite the files as the formatters want them
 	$(PYTHON) -m ruff check --fix

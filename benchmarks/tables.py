@@ -24,6 +24,7 @@ MARKED = re.compile(r"(?P<start><!-- generated: (?P<name>[\w-]+) -->\n).*?(?P<en
 MARKER = re.compile(r"<!-- (?:generated|end): ([\w-]+) -->")
 NOT_MEASURED = "Not measured yet.\n"
 OTHERS = {"numpy": "vs materialising NumPy", "torch": "vs PyTorch"}
+GPU_OTHERS = {"cudnn": "vs cuDNN", "flash": "vs FlashAttention-2", "efficient": "vs memory-efficient"}
 
 
 def load_reports(kind: str, folder: Path = RESULTS) -> list[Report]:
@@ -44,7 +45,7 @@ def performance_table(reports: Sequence[Report]) -> str:
         ]
 
     columns = ["case", "time", *OTHERS.values(), "extra memory", "NumPy's"]
-    return join_machines(reports, columns, cells, sections=("speed",))
+    return join_machines(reports, columns, cells, ("speed",), cpu_caption)
 
 
 def feature_table(reports: Sequence[Report]) -> str:
@@ -56,7 +57,23 @@ def feature_table(reports: Sequence[Report]) -> str:
         return [row["name"], format_seconds(ours), format_seconds(floor), f"{ours / floor:.2f}×"]
 
     columns = ["call", "time", "without it; for the small call, NumPy's bare calls", "ratio"]
-    return join_machines(reports, columns, cells, sections=("feature", "small"))
+    return join_machines(reports, columns, cells, ("feature", "small"), cpu_caption)
+
+
+def gpu_table(reports: Sequence[Report]) -> str:
+    """Case, our rate, and the ratio to each of PyTorch's backends with its quartiles."""
+
+    def ratio(row: Report, name: str) -> str:
+        found = row["ratios"].get(name)
+        return "–" if found is None else f"{found['median']:.2f}× ({found['low']:.2f} to {found['high']:.2f})"
+
+    def cells(row: Report) -> list[str]:
+        ours = row[row["unit"]].get("cupyflash")
+        rate = "–" if ours is None else f"{ours:.0f} {row['unit']}"
+        return [row["name"], rate, *(ratio(row, name) for name in GPU_OTHERS)]
+
+    columns = ["case", "cupyflash", *GPU_OTHERS.values()]
+    return join_machines(reports, columns, cells, ("speed",), gpu_caption)
 
 
 def join_machines(
@@ -64,6 +81,7 @@ def join_machines(
     columns: Sequence[str],
     cells: Callable[[Report], Sequence[str]],
     sections: Sequence[str],
+    caption: Callable[[Report], str],
 ) -> str:
     """A Markdown table for each report, and the caption under it."""
     tables = []
@@ -75,20 +93,35 @@ def join_machines(
     return "\n".join(tables) or NOT_MEASURED
 
 
-def caption(report: Report) -> str:
+def cpu_caption(report: Report) -> str:
     """The machine, the versions, the commit and the command."""
     machine = report["machine"]
     versions = [f"Python {machine['python']}", f"NumPy {machine['numpy']} with {machine['blas']}"]
     if machine["torch"]:
         versions.append(f"PyTorch {machine['torch']}")
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['os']}; {', '.join(versions)}; {origin(report)}. "
+        "Times are the least of all samples; ratios are the other's time over ours in the same run."
+    )
+
+
+def gpu_caption(report: Report) -> str:
+    """The GPU, its clock, the versions, the commit and the command."""
+    machine = report["machine"]
+    clock = report["clocks"].get("after", {}).get("clocks.sm")
+    return (
+        f"{machine['name']}{f' at {clock}' if clock else ''}, driver {machine['driver']}, NVRTC {machine['nvrtc']}, "
+        f"CuPy {machine['cupy']}; PyTorch {machine['torch']} with cuDNN {machine['cudnn']}; {origin(report)}. "
+        "Normal random inputs; ratios are the other's time over ours in the same round: median and quartiles."
+    )
+
+
+def origin(report: Report) -> str:
+    """Commit, date and command."""
     commit = f"commit {report['commit'][:10]}" if report["commit"] else "no commit"
     if report["dirty"]:
         commit += " with changes"
-    return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['os']}; {', '.join(versions)}; {commit}, "
-        f"{report['date'][:10]}; `{report['command']}`. Times are the least of all samples; ratios are the "
-        "other's time over ours in the same run."
-    )
+    return f"{commit}, {report['date'][:10]}; `{report['command']}`"
 
 
 def format_seconds(seconds: float) -> str:
@@ -108,7 +141,7 @@ def format_bytes(size: int | None) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "cpu-performance": lambda: performance_table(load_reports("cpu")),
     "cpu-features": lambda: feature_table(load_reports("cpu")),
-    "gpu-performance": lambda: performance_table(load_reports("gpu")),
+    "gpu-performance": lambda: gpu_table(load_reports("gpu")),
 }
 
 

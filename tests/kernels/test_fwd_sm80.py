@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 import ml_dtypes
@@ -11,7 +10,7 @@ import pytest
 
 from cupyflash.backends.emulator import EmulatorError, Module, Options, guarded_array
 from cupyflash.build.params import FWD_PARAMS, layout_checks
-from cupyflash.build.source import KernelSource, read_kernel
+from cupyflash.build.source import KernelSource
 from cupyflash.errors import KernelCompileError
 from cupyflash.testing import assert_attention_close
 from tests.kernels.forward import Spec, forward, launch_arguments, module, source
@@ -186,47 +185,6 @@ def test_no_bank_conflicts(head_dim):
 def edited(kernel, old, new):
     assert old in kernel.text
     return KernelSource(kernel.name, kernel.text.replace(old, new), kernel.entries)
-
-
-SYNC = re.compile(r"isa::(?:sync_threads|sync_warp|cp_async_wait<\d>|cp_async_commit)\(\);")
-
-
-def sync_statements():
-    """(file, line, statement) of everything in the kernel that orders something."""
-    return [
-        (file, number, match[0])
-        for file in ("fwd_sm80.cu", "epilogue.cuh")
-        for number, line in enumerate(read_kernel(file).splitlines(), 1)
-        if (match := SYNC.search(line))
-    ]
-
-
-@pytest.mark.usefixtures("cxx")
-@pytest.mark.parametrize("statement", sync_statements(), ids=lambda s: f"{s[0]}:{s[1]}:{s[2]}")
-def test_every_synchronisation_is_needed(statement):
-    """Without any one of them, the emulator objects: none is for show, and none of its checks sleeps."""
-    file, number, text = statement
-    spec = Spec()
-    lines = source(spec).text.splitlines()
-    start = lines.index(f'#line 1 "kernels_cu/{file}"')
-    place = next(
-        i
-        for i in range(start + 1, len(lines))
-        if text in lines[i] and origin(lines, i) == (f"kernels_cu/{file}", number)
-    )
-    lines[place] = lines[place].replace(text, ";")
-    kernel = Module(KernelSource(f"without-{number}", "\n".join(lines), ("flash_fwd_sm80",)))
-    q, k, v = operands(spec, 64, 200, heads=(1, 1))
-    with pytest.raises(EmulatorError, match=r"race|has not waited for"):
-        forward(spec, q, k, v, kernel=kernel.get_function("flash_fwd_sm80"))
-
-
-def origin(lines, index):
-    """Where a line of the flattened text comes from."""
-    for i in range(index - 1, -1, -1):
-        if match := re.fullmatch(r'#line (\d+) "([^"]+)"', lines[i]):
-            return match[2], int(match[1]) + index - i - 1
-    raise AssertionError("no #line before it")
 
 
 @pytest.mark.usefixtures("cxx")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from cupyflash.backends.emulator import guarded_array, guarded_copy
+from tests.kernels.conformance import gather_mma
 from tests.kernels.harness import ALL_OPTIONS, probes
 
 pytestmark = pytest.mark.usefixtures("cxx")
@@ -186,25 +187,6 @@ def test_stmatrix(rng, count, transposed):
     expected = np.zeros((64, 8), np.uint16)
     expected[rows[: 8 * count]] = (matrices.swapaxes(1, 2) if transposed else matrices).reshape(-1, 8)
     np.testing.assert_array_equal(out, expected)
-
-
-def gather_mma(a, b, acc):
-    """The matrices that the lanes' fragments stand for, by the PTX ISA's formulas for mma.m16n8k16.
-
-    a: (32, 8) elements a0..a7; b: (32, 4) elements b0..b3; acc: (32, 4) elements c0..c3.
-    """
-    lane = np.arange(LANES)[:, None]
-    group, thread = lane >> 2, lane % 4
-    matrix_a, matrix_b, matrix_c = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
-    i = np.arange(8)
-    row = np.where((i < 2) | ((i >= 4) & (i < 6)), group, group + 8)
-    col = thread * 2 + (i & 1) + np.where(i < 4, 0, 8)
-    matrix_a[row, col] = a
-    i = np.arange(4)
-    matrix_b[thread * 2 + (i & 1) + np.where(i < 2, 0, 8), group + 0 * i] = b
-    place_c = (np.where(i < 2, group, group + 8), thread * 2 + (i & 1))
-    matrix_c[place_c] = acc
-    return matrix_a, matrix_b, matrix_c, place_c
 
 
 @pytest.mark.parametrize("name", ["f16", "bf16"])

@@ -1,0 +1,379 @@
+"""The emulator held to hardware: the ISA layer's tiny kernels on seeded inputs, what a GPU gave, and how to compare.
+
+A GPU's raw outputs are kept, with the inputs they belong to, in ``recorded/<arch>.npz``; ``python -m tests.gpu.record``
+writes them.  Where the PTX ISA defines every bit of a result, every bit must agree.  Where it does not:
+
+===============  =====================================================================================================
+`ex2_close`      ``ex2.approx.ftz.f32`` promises a relative error of 2⁻²², and zeros, infinities and NaN where the power
+                 is one: each side is held to that, so the two may lie 2⁻²¹ apart.
+`mma_close`      ``mma`` leaves order, width and rounding of its sums open.  Of 17 terms (16 products and the
+                 accumulator) the emulator rounds each float addition to nearest: 17 · 2⁻²⁴ of the sum of magnitudes.
+                 Tensor cores align the terms to the largest and cut what sticks out, in one or two blocks: at most
+                 20 · 2⁻²³ (Fasi, Higham, Mikaitis and Pranesh 2021, "Numerical behavior of NVIDIA tensor cores").
+                 Together less than 2⁻¹⁸ of the sum of magnitudes.  Where all sums are small integers no order or
+                 width can matter, so there every bit must agree: that pins the fragments' layout.
+`serial_sums`    Atomic additions come in any order: what each lane got must be the sum of those before it in one.
+`same_values`    A NaN may carry another payload; all other values, signs of zeros included, must agree.
+===============  =====================================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from cupyflash.backends.emulator import guarded_copy
+from tests.kernels.harness import probes
+
+Array: TypeAlias = npt.NDArray[Any]
+# rule(ours, recorded, inputs) raises AssertionError
+Rule: TypeAlias = Callable[[Array, Array, Mapping[str, Array]], None]
+
+RECORDED = Path(__file__).parent / "recorded"
+LANES = 32
+NOT_WRITTEN = np.uint32(0xFFFFFFFF)  # outputs hold it before a launch
+
+
+def same_bits(ours: Array, recorded: Array, inputs: Mapping[str, Array]) -> None:
+    np.testing.assert_array_equal(ours, recorded)
+
+
+def same_values(ours: Array, recorded: Array, inputs: Mapping[str, Array]) -> None:
+    nan = np.isnan(recorded.view(np.float32))
+    np.testing.assert_array_equal(np.isnan(ours.view(np.float32)), nan)
+    np.testing.assert_array_equal(ours[~nan], recorded[~nan])
+
+
+def ex2_close(ours: Array, recorded: Array, inputs: Mapping[str, Array]) -> None:
+    exponent = inputs["in"][:, 0].view(np.float32).astype(np.float64)
+    with np.errstate(over="ignore"):
+        exact = np.exp2(exponent)
+    exact = np.where(exact < 2.0**-126, 0.0, np.where(exact >= 2.0**128, np.inf, exact))
+    for who, result in (("emulator", ours), ("GPU", recorded)):
+        np.testing.assert_allclose(result.view(np.float32), exact, rtol=2.0**-22, atol=0, err_msg=who)
+
+
+def gather_mma(a: Array, b: Array, acc: Array) -> tuple[Array, Array, Array, Any]:
+    """The matrices that the lanes' fragments stand for, by the PTX ISA's formulas for mma.m16n8k16.
+
+    Parameters
+    ----------
+    a, b, acc : (32, 8), (32, 4) and (32, 4) arrays
+        The elements a0..a7, b0..b3 and c0..c3 of each lane.
+
+    Returns
+    -------
+    (16, 16), (16, 8) and (16, 8) arrays of float64, and the place of each lane's c0..c3 in the last.
+    """
+    lane = np.arange(LANES)[:, None]
+    group, thread = lane >> 2, lane % 4
+    matrix_a, matrix_b, matrix_c = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
+    i = np.arange(8)
+    row = np.where((i < 2) | ((i >= 4) & (i < 6)), group, group + 8)
+    matrix_a[row, thread * 2 + (i & 1) + np.where(i < 4, 0, 8)] = a
+    i = np.arange(4)
+    matrix_b[thread * 2 + (i & 1) + np.where(i < 2, 0, 8), group + 0 * i] = b
+    place_c = (np.where(i < 2, group, group + 8), thread * 2 + (i & 1))
+    matrix_c[place_c] = acc
+    return matrix_a, matrix_b, matrix_c, place_c
+
+
+def mma_close(dtype: npt.DTypeLike) -> Rule:
+    def rule(ours: Array, recorded: Array, inputs: Mapping[str, Array]) -> None:
+        words = np.ascontiguousarray(inputs["in"])
+        a, b = (np.ascontiguousarray(words[:, columns]).view(dtype) for columns in (slice(4), slice(4, 6)))
+        matrix_a, matrix_b, matrix_c, place = gather_mma(a, b, np.ascontiguousarray(words[:, 6:]).view(np.float32))
+        bound = 2.0**-18 * (np.abs(matrix_c) + np.abs(matrix_a) @ np.abs(matrix_b))[place]
+        exact = (matrix_c + matrix_a @ matrix_b)[place]
+        for who, result in (("emulator", ours), ("GPU", recorded)):
+            assert (np.abs(result.view(np.float32) - exact) <= bound).all(), f"{who}: far from the exact product"
+        apart = np.abs(ours.view(np.float32).astype(np.float64) - recorded.view(np.float32))
+        assert (apart <= bound).all(), (
+            f"emulator and GPU are {(apart / bound).max() / 2**18:.2e} of the magnitude apart"
+        )
+
+    return rule
+
+
+def serial_sums(ours: Array, recorded: Array, inputs: Mapping[str, Array]) -> None:
+    added = inputs["in"][:, 0].astype(np.int64)
+    for who, before in (("emulator", ours), ("GPU", recorded)):
+        order = np.argsort(before, kind="stable")
+        expected = np.concatenate([[0], np.cumsum(added[order])[:-1]])
+        np.testing.assert_array_equal(before[order], expected, err_msg=f"{who}: no order of additions gives this")
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """One launch of a tiny kernel.
+
+    Attributes
+    ----------
+    file, entry : str
+        Of the kernel.
+    inputs, outputs : dict of str to array of 32-bit words
+        The kernel's parameters: first the inputs, then the outputs with what they hold before the launch.
+    threads, grid, shared_mem
+        Of the launch.
+    rules : dict of str to rule
+        How to compare an output, other than by `same_bits`.
+    arch : int
+        The least compute capability, 80 or 90.
+    """
+
+    file: str
+    entry: str
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]
+    threads: int = LANES
+    grid: tuple[int, ...] = (1,)
+    shared_mem: int = 0
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+    arch: int = 80
+
+    def compare(self, ours: Mapping[str, Array], recorded: Mapping[str, Array], inputs: Mapping[str, Array]) -> None:
+        """Raises AssertionError where the emulator does not do what the GPU did."""
+        assert set(ours) == set(recorded) == set(self.outputs)
+        for name in self.outputs:
+            self.rules.get(name, same_bits)(ours[name], recorded[name], inputs)
+
+
+def run_emulated(probe: Probe, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """The outputs of a launch under the emulator."""
+    outputs = {name: guarded_copy(before, name) for name, before in probe.outputs.items()}
+    arguments = [*(guarded_copy(array, name) for name, array in inputs.items()), *outputs.values()]
+    kernel = probes(probe.file).get_function(probe.entry)
+    kernel(probe.grid, (probe.threads,), arguments, shared_mem=probe.shared_mem)
+    return {name: np.array(array) for name, array in outputs.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The probes
+
+
+def _words(*columns: Array) -> Array:
+    """Columns of 32-bit values of any type, one row per lane."""
+    return np.stack([np.ascontiguousarray(column).view(np.uint32) for column in columns], axis=1)
+
+
+def _blank(*shape: int) -> Array:
+    return np.full(shape, NOT_WRITTEN)
+
+
+def _any_word(rng: np.random.Generator, *shape: int) -> Array:
+    return rng.integers(0, 2**32, shape, dtype=np.uint32)
+
+
+def _convert(rng: np.random.Generator) -> dict[str, Probe]:
+    lower = rng.standard_normal(LANES) * 2.0 ** rng.integers(-24, 15, LANES)
+    # Zeros, infinities, NaN, the largest float16 and what rounds to it and over it, the smallest ones, a float32 that
+    # flushes to zero, an exponent whose power does; then ties of both formats.
+    special = [0.0, -0.0, np.inf, -np.inf, np.nan, 65504, 65519.99, 65520, 2.0**-14, 2.0**-24, 2.0**-25, 1e-40, -130]
+    ties = [1 + 2.0**-11, 1 + 3 * 2.0**-11, 1 + 2.0**-8, 1 + 3 * 2.0**-8]
+    lower[: len(special) + len(ties)] = special + ties
+    lower = lower.astype(np.float32)
+    both = _words(lower, lower[::-1])
+
+    def rule(ours: Array, recorded: Array, inputs: Mapping[str, Array]) -> None:
+        ex2_close(ours[:, 0].copy(), recorded[:, 0].copy(), inputs)
+        same_bits(ours[:, 1:], recorded[:, 1:], inputs)
+
+    # Exponents of softmax: at most 0.
+    exponents = _words(-np.abs(20 * rng.standard_normal(LANES)).astype(np.float32), lower)
+    return {
+        f"convert-{name}": Probe(
+            "probes.cu", "probe_convert", {"in": inputs}, {"out": _blank(LANES, 3)}, rules={"out": rule}
+        )
+        for name, inputs in (("special", both), ("softmax", exponents))
+    }
+
+
+def _unpack() -> Probe:
+    patterns = np.arange(65536, dtype=np.uint32)
+    # One lane reads one pattern of its block's 1024: a stride over all of them, so that every exponent is there.
+    return Probe(
+        "probes.cu",
+        "probe_unpack",
+        {"in": patterns[:: 65536 // 1024] + np.arange(1024, dtype=np.uint32) % 64},
+        {"out": _blank(1024, 2)},
+        threads=1024,
+        rules={"out": same_values},
+    )
+
+
+def _mma(rng: np.random.Generator) -> dict[str, Probe]:
+    probes = {}
+    for name, dtype in (("f16", np.dtype(np.float16)), ("bf16", np.dtype(ml_dtypes.bfloat16))):
+        for kind in ("integers", "normal", "cancelling"):
+            if kind == "integers":
+                a, b, acc = (rng.integers(-8, 9, (LANES, n)) for n in (8, 4, 4))
+            else:
+                a, b, acc = (rng.standard_normal((LANES, n)) for n in (8, 4, 4))
+            if kind == "cancelling":  # magnitudes far apart: what is cut off shows
+                a, b = (x * 2.0 ** rng.integers(-6, 7, x.shape) for x in (a, b))
+            operands = [np.ascontiguousarray(x.astype(dtype)).view(np.uint32) for x in (a, b)]
+            words = np.concatenate([*operands, acc.astype(np.float32).view(np.uint32)], axis=1)
+            rules = {} if kind == "integers" else {"out": mma_close(dtype)}
+            entry = f"probe_mma_{name}"
+            probes[f"mma-{name}-{kind}"] = Probe(
+                "probes.cu", entry, {"in": words}, {"out": _blank(LANES, 4)}, rules=rules
+            )
+    return probes
+
+
+def _stmatrix(rng: np.random.Generator) -> dict[str, Probe]:
+    probes = {}
+    for suffix in ("x1", "x2", "x4", "x1_trans", "x2_trans", "x4_trans"):
+        rows = rng.permutation(64)[:LANES].astype(np.uint32)
+        probes[f"stmatrix_{suffix}"] = Probe(
+            "probes_sm90.cu",
+            f"probe_stmatrix_{suffix}",
+            {"in": _any_word(rng, LANES, 4), "rows": rows},
+            {"out": _blank(256)},
+            shared_mem=1024,
+            arch=90,
+        )
+    return probes
+
+
+def _shuffles(rng: np.random.Generator) -> dict[str, Probe]:
+    operands = {"mixed": rng.integers(0, LANES, LANES), **{str(n): np.full(LANES, n) for n in (0, 1, 2, 16, 31)}}
+    return {
+        f"shuffle-{name}": Probe(
+            "probes.cu",
+            "probe_shuffle",
+            {"in": _words(_any_word(rng, LANES), operand.astype(np.uint32))},
+            {"out": _blank(LANES, 6)},
+        )
+        for name, operand in operands.items()
+    }
+
+
+def _votes() -> dict[str, Probe]:
+    return {
+        f"vote-{bits:08x}": Probe(
+            "probes.cu",
+            "probe_vote",
+            {"in": (np.uint32(bits) >> np.arange(LANES, dtype=np.uint32)) & np.uint32(1)},
+            {"out": _blank(LANES, 3)},
+        )
+        for bits in (0, 1, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFE, 0x12345678)
+    }
+
+
+def _atomics(rng: np.random.Generator) -> Probe:
+    integers = rng.integers(1, 1000, LANES).astype(np.uint32)
+    # Small integers as floats: their sum is exact in any order.  The maximum starts below all of them.
+    floats = rng.integers(-1000, 1000, LANES).astype(np.float32)
+    totals = np.array([0, 0, 0, np.float32(-np.inf).view(np.uint32)], np.uint32)
+    return Probe(
+        "probes.cu",
+        "probe_atomics",
+        {"in": _words(integers, floats)},
+        {"totals": totals, "out": _blank(LANES)},
+        rules={"out": serial_sums},
+    )
+
+
+def make_probes() -> dict[str, Probe]:
+    """All of them, by name; the same inputs every time with one version of NumPy."""
+    rng = np.random.default_rng(20)
+    sizes = (np.arange(LANES) % 17).astype(np.uint32)
+    rows = rng.permutation(64)[:LANES].astype(np.uint32)
+    return {
+        "identity": Probe("probes.cu", "probe_identity", {}, {"out": _blank(12, 64, 9)}, threads=64, grid=(3, 2, 2)),
+        **_convert(rng),
+        "unpack": _unpack(),
+        **_shuffles(rng),
+        **_votes(),
+        # The eighth word of a lane's output is not written.
+        "memory": Probe(
+            "probes.cu", "probe_memory", {"in": _any_word(rng, LANES, 8)}, {"out": _blank(LANES, 8)}, shared_mem=1024
+        ),
+        "atomics": _atomics(rng),
+        "cp_async": Probe(
+            "probes.cu",
+            "probe_cp_async",
+            {"in": _any_word(rng, LANES, 4), "sizes": sizes},
+            {"out": _blank(LANES, 4)},
+            shared_mem=512,
+        ),
+        "ldmatrix": Probe(
+            "probes.cu",
+            "probe_ldmatrix",
+            {"in": _any_word(rng, 64, 4), "rows": rows},
+            {"out": _blank(LANES, 14)},
+            shared_mem=1024,
+        ),
+        **_mma(rng),
+        "named_barrier": Probe(
+            "probes.cu", "probe_named_barrier", {}, {"out": _blank(2, LANES)}, threads=128, shared_mem=512
+        ),
+        "sync_warp": Probe("probes.cu", "probe_sync_warp", {}, {"out": _blank(LANES)}, shared_mem=128),
+        **_stmatrix(rng),
+    }
+
+
+PROBES = make_probes()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Recordings
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """What one GPU gave.
+
+    Attributes
+    ----------
+    arch : str
+        ``"sm_90"``.
+    versions : dict of str to str
+        Of the device, the driver, CuPy and NVRTC.
+    inputs, outputs : dict of str to (dict of str to array)
+        By the name of the probe and of its parameter.
+    """
+
+    arch: str
+    versions: Mapping[str, str]
+    inputs: Mapping[str, Mapping[str, Array]]
+    outputs: Mapping[str, Mapping[str, Array]]
+
+
+def save_recording(recording: Recording, folder: Path = RECORDED) -> Path:
+    """Writes ``<folder>/<arch>.npz``."""
+    about = json.dumps({"arch": recording.arch, "versions": dict(recording.versions)})
+    arrays: dict[str, Any] = {"about": np.array(about)}
+    for kind, launches in (("in", recording.inputs), ("out", recording.outputs)):
+        for probe, named in launches.items():
+            arrays |= {f"{probe}/{kind}/{name}": array for name, array in named.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{recording.arch}.npz"
+    np.savez_compressed(path, **arrays)
+    return path
+
+
+def load_recording(path: Path) -> Recording:
+    """Reads what `save_recording` wrote."""
+    with np.load(path, allow_pickle=False) as file:
+        about = json.loads(str(file["about"]))
+        found: dict[str, dict[str, dict[str, Array]]] = {"in": {}, "out": {}}
+        for key in file.files:
+            if key != "about":
+                probe, kind, name = key.split("/")
+                found[kind].setdefault(probe, {})[name] = file[key]
+    inputs = {probe: found["in"].get(probe, {}) for probe in found["out"]}
+    return Recording(about["arch"], about["versions"], inputs, found["out"])
+
+
+def probes_of(arch: str) -> dict[str, Probe]:
+    """Those that a GPU of this architecture can run."""
+    return {name: probe for name, probe in PROBES.items() if probe.arch <= int(arch.removeprefix("sm_").rstrip("a"))}

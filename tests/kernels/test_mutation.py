@@ -1,0 +1,249 @@
+"""No synchronisation of a kernel is for show, and none of the emulator's checks sleeps.
+
+Every statement that only orders something is deleted in turn, and every wait for copies made one copy too short.
+Each of these kernels must be caught: by a report of the emulator, or by a result that is not the right one's bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from cupyflash.backends.emulator import EmulatorError, Module, Options
+from cupyflash.build.source import KernelSource, kernels_folder, read_kernel
+from tests.kernels import forward
+from tests.kernels.harness import source_of
+from tests.kernels.mutation import SYNCHRONISATION, Exemption, Mutant, assert_exemptions_hold, exempt, mutants
+
+# A sign of trouble is enough, so the kinds of runs come in the order in which they find most; the last two are those
+# that find what late landing and the race detector themselves might hide.
+HOSTILE = [
+    Options(),
+    *(Options(schedule="random", seed=seed) for seed in range(3)),
+    *(Options(schedule="priority", seed=seed) for seed in range(3)),
+    Options(schedule="random", seed=3, late_landing=False),
+    Options(schedule="priority", seed=4, race_detector=False),
+]
+
+# Mutants that nothing can catch because nothing is wrong with them. None so far.
+EXEMPTIONS: list[Exemption] = []
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kernel file in one configuration, and the problems that reach all of it.
+
+    ``problems`` each run a compiled kernel and return all it wrote, as bytes.
+    """
+
+    source: KernelSource
+    problems: Sequence[Callable[[Module, Options], bytes]]
+
+
+def forward_problem(spec, seqlen_q, seqlen_k, lower=0, upper=0):
+    """Seeded operands once, so that all mutants get the same."""
+    rng = np.random.default_rng(seqlen_q * 1000 + seqlen_k)
+    shapes = [(1, 2, seqlen_q, spec.head_dim), *[(1, 1, seqlen_k, spec.head_dim)] * 2]
+    q, k, v = (rng.standard_normal(shape).astype(np.float16) for shape in shapes)
+
+    def run(module: Module, options: Options) -> bytes:
+        kernel = module.get_function("flash_fwd_sm80")
+        out, lse, _ = forward.forward(spec, q, k, v, kernel=kernel, options=options, lower=lower, upper=upper)
+        return out.tobytes() + lse.tobytes()
+
+    return run
+
+
+# Both ends of the band: masked tiles on the left, whole ones, masked ones on the right.
+BAND = forward.Spec(has_lower=True, has_upper=True)
+SUBJECTS = {
+    "fwd_sm80.cu": Subject(
+        forward.source(BAND),
+        [
+            forward_problem(BAND, 64, 200, lower=-200, upper=0),  # one masked tile
+            forward_problem(BAND, 130, 200, lower=-70, upper=60),  # several tiles of both kinds, tails in both lengths
+            forward_problem(BAND, 70, 330, lower=-10, upper=300),  # five tiles, three of them whole
+        ],
+    )
+}
+
+
+def mutants_of(file: str) -> list[Mutant]:
+    return mutants(SUBJECTS[file].source)
+
+
+ALL = [(file, mutant) for file in SUBJECTS for mutant in mutants_of(file)]
+
+
+def finding(subject: Subject, module: Module) -> str | None:
+    """What the first run that finds something finds."""
+    for options in HOSTILE:
+        for number, problem in enumerate(subject.problems):
+            try:
+                result = problem(module, options)
+            except EmulatorError as error:
+                return str(error)
+            if result != right_result(subject.source, number):
+                return f"problem {number}: wrong result under {options}"
+    return None
+
+
+@functools.cache
+def right_result(source: KernelSource, number: int) -> bytes:
+    subject = next(subject for subject in SUBJECTS.values() if subject.source == source)
+    return subject.problems[number](Module(source), Options())
+
+
+@pytest.mark.usefixtures("cxx")
+@pytest.mark.parametrize(("file", "mutant"), ALL, ids=[str(mutant) for _, mutant in ALL])
+def test_mutant_is_caught(file: str, mutant: Mutant) -> None:
+    found = finding(SUBJECTS[file], Module(mutant.source))
+    if exempt(mutant, EXEMPTIONS):
+        assert found is None, f"{mutant} is exempt, and yet: {found}"
+    else:
+        assert found is not None, f"nothing is wrong with the kernel after: {mutant}\n    {mutant.code}"
+
+
+@pytest.mark.usefixtures("cxx")
+@pytest.mark.parametrize("file", SUBJECTS)
+def test_the_kernel_itself_passes(file: str) -> None:
+    assert finding(SUBJECTS[file], Module(SUBJECTS[file].source)) is None
+
+
+def test_every_kernel_is_a_subject() -> None:
+    assert sorted(SUBJECTS) == sorted(path.name for path in kernels_folder().glob("*.cu"))
+
+
+def test_exemptions() -> None:
+    assert_exemptions_hold([mutant for _, mutant in ALL], EXEMPTIONS)
+
+
+def test_no_synchronisation_of_the_isa_is_forgotten() -> None:
+    """A function that returns nothing either moves data or orders something; a new one must be put on a side."""
+    moves_data = re.compile(r"stg_\d+|st_shared_\d+|cp_async_16|(?:ld|st)matrix_\w+|mma_\w+")
+    for header in ("isa_sm80.cuh", "isa_sm90.cuh"):
+        names = set(re.findall(r"\b__forceinline__ void (\w+)\(", read_kernel(header)))
+        assert names
+        for name in sorted(names):
+            sides = [bool(pattern.fullmatch(name)) for pattern in (SYNCHRONISATION, moves_data)]
+            assert sum(sides) == 1, f"{header}: is {name} a synchronisation, or does it move data?"
+
+
+def test_every_synchronisation_of_the_kernel_is_found() -> None:
+    """Counted another way: words in the files, not statements in the flattened text."""
+    used = {mutant.file for _, mutant in ALL}
+    word = re.compile(rf"isa::(?:{SYNCHRONISATION.pattern})\b")
+    for path in sorted(kernels_folder().glob("*.cu*")):
+        lines = [line.split("//")[0] for line in path.read_text(encoding="utf-8").splitlines()]
+        count = sum(len(word.findall(line)) for line in lines)
+        assert count == len({m.line for _, m in ALL if m.file == path.name}), path.name
+        assert (path.name in used) == (count > 0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The mutator itself
+
+KERNEL = r"""
+#include "isa.cuh"
+extern "C" __global__ void exchange(u32* out, int turn) {  // isa::sync_threads(); in a comment is none
+  const u32 mine = isa::shared_base() + 4 * isa::thread_index();
+  const u32 other = isa::shared_base() + 4 * (isa::thread_index() ^ 32);
+  isa::st_shared_4(mine, 7 + isa::thread_index());
+  if (turn == 0)
+    isa::barrier_sync(1 + (turn % 2),
+                      64);  // spread over lines
+  else
+    isa::sync_threads(); /* isa::sync_warp(); */
+  isa::stg_4(out + isa::thread_index(), isa::ld_shared_4(other));
+}
+"""
+
+
+def exchanged(source: KernelSource, turn: int) -> np.ndarray:
+    out = np.zeros(64, np.uint32)
+    Module(source).get_function("exchange")((1,), (64,), (out, np.int32(turn)), shared_mem=256)
+    return out
+
+
+@pytest.mark.usefixtures("cxx")
+def test_planted_statements_are_found_and_only_they() -> None:
+    original = source_of(KERNEL)
+    found = mutants(original)
+    assert [(m.file, m.line, m.change) for m in found] == [
+        ("test.cu", 8, "delete barrier_sync"),
+        ("test.cu", 11, "delete sync_threads"),
+    ]
+    assert found[0].code == "isa::barrier_sync(1 + (turn % 2),"
+    for mutant in found:
+        assert mutant.source.text.count("\n") == original.text.count("\n")
+    for turn, broken in enumerate(found):
+        expected = 7 + (np.arange(64) ^ 32)
+        np.testing.assert_array_equal(exchanged(original, turn), expected)
+        np.testing.assert_array_equal(exchanged(broken.source, 1 - turn), expected)
+        with pytest.raises(EmulatorError, match="shared-memory race") as report:
+            exchanged(broken.source, turn)
+        assert set(re.findall(r"test\.cu:(\d+)", str(report.value))) == {"6", "12"}, "the lines keep their numbers"
+
+
+def test_waits_are_weakened_by_one() -> None:
+    text = '#include "isa.cuh"\nextern "C" __global__ void wait() {\n  isa::cp_async_wait<2>();\n}\n'
+    deleted, weakened = mutants(source_of(text))
+    assert (deleted.change, weakened.change) == ("delete cp_async_wait", "weaken cp_async_wait<2>")
+    assert "  ;\n}" in deleted.source.text
+    assert "isa::cp_async_wait<(2) + 1>();" in weakened.source.text
+
+
+@pytest.mark.parametrize("code", ["bool b = x && isa::barrier_sync(1, 64);", "f(isa::barrier_sync(1, 64));"])
+def test_what_cannot_be_deleted_is_refused(code: str) -> None:
+    text = f'#include "isa.cuh"\nextern "C" __global__ void refused() {{\n  {code}\n}}\n'
+    with pytest.raises(ValueError, match=r"test\.cu:3: isa::barrier_sync is not a statement of its own"):
+        mutants(source_of(text))
+
+
+def test_bad_exemptions_are_refused() -> None:
+    _, mutant = ALL[0]
+    good = Exemption(mutant.file, mutant.code, mutant.change, "the next barrier orders the same")
+    many = [Mutant("x.cu", n, f"line {n}", "delete sync_warp", mutant.source) for n in range(11)]
+    assert_exemptions_hold([mutant, *many], [good])
+    assert exempt(mutant, [good])
+    assert not exempt(many[0], [good])
+    with pytest.raises(AssertionError, match="names 0 mutants"):
+        assert_exemptions_hold(many, [good])
+    with pytest.raises(AssertionError, match="does not say why"):
+        assert_exemptions_hold([mutant, *many], [Exemption(mutant.file, mutant.code, mutant.change, "harmless")])
+    with pytest.raises(AssertionError, match="1 of 10 mutants are exempt"):
+        assert_exemptions_hold([mutant, *many[:9]], [good])
+
+
+@pytest.mark.usefixtures("cxx")
+@pytest.mark.parametrize(
+    ("file", "code", "wrong"),
+    [
+        ("fwd_sm80.cu", "forward.kv_step<false>(tile, step, has_next);", ";"),
+        ("fwd_sm80.cu", "forward.kv_step<true>(tile, step, has_next);", ";"),
+        ("fwd_sm80.cu", "copy_tile(SharedStorage::k((step + 1) % 2), k, tile - 1);", ";"),
+        ("fwd_sm80.cu", "exists ? 16 : 0", "16"),
+        ("fwd_sm80.cu", "if (row_begin + row < num_rows)", ""),
+        ("fwd_sm80.cu", "lane % 4 == 0 && row < num_rows", "lane % 4 == 0"),
+        ("fwd_sm80.cu", "scale_log2(params.scale * kLog2E)", "scale_log2(params.scale)"),
+    ],
+)
+def test_problems_reach_every_branch(file: str, code: str, wrong: str) -> None:
+    """What they do not reach they cannot find: with one branch made wrong, something must be found."""
+    subject = SUBJECTS[file]
+    assert subject.source.text.count(code) == 1
+    text = subject.source.text.replace(code, wrong)
+    assert finding(subject, Module(KernelSource("wrong", text, subject.source.entries))) is not None
+
+
+@pytest.mark.usefixtures("cxx")
+def test_a_wrong_result_is_a_finding() -> None:
+    subject = SUBJECTS["fwd_sm80.cu"]
+    text = subject.source.text.replace("scale_log2(params.scale * kLog2E)", "scale_log2(params.scale)")
+    found = finding(subject, Module(KernelSource("wrong", text, subject.source.entries)))
+    assert found == f"problem 0: wrong result under {Options()}"
