@@ -1,11 +1,10 @@
 """The kernels on a CPU: compiled by the host's C++ compiler, run by the emulator in kernels_cu/emulator.
 
-    module = Module(source)                                     # a KernelSource, compiled or found in the
-    cache kernel = module.get_function("flash_fwd_sm80") kernel((num_blocks,), (num_threads,), (q, k, v, out),
-    shared_mem=49152)
+    module = Module(source)  # a KernelSource, compiled or found in the cache
+    kernel = module.get_function("flash_fwd_sm80")
+    kernel((num_blocks,), (num_threads,), (params,), shared_mem=49152)
 
-mirrors ``cupy.RawModule``, with NumPy arrays for device arrays.  The emulator does not only run a kernel, it
-tries to
+mirrors ``cupy.RawModule``, with NumPy arrays for device arrays.  The emulator does not only run a kernel, it tries to
 break it: see `Options`.  What it finds is raised as `EmulatorError` with the kernel's file and line.
 """
 
@@ -52,15 +51,22 @@ class EmulatorError(CupyflashError):
 class Options:
     """How a launch is run.  No choice may change a correct kernel's result by a bit.
 
-    Attributes:
-        schedule: the order of warps: "fifo", in turn; "random", any that can run; "priority", by random
-            priorities that now and then change.  The last two also preempt warps and shuffle blocks.
-        seed: of the schedule.
-        race_detector: report accesses to shared memory that nothing orders.
-        late_landing: asynchronous copies arrive as late as is allowed, their destinations hold NaNs until
-            then; otherwise they arrive at once, as early as is allowed.
-        counters: count bank conflicts and sectors (slow); instructions are always counted.
-        workers: OS threads that run blocks.
+    Attributes
+    ----------
+    schedule
+        the order of warps: "fifo", in turn; "random", any that can run; "priority", by random
+        priorities that now and then change.  The last two also preempt warps and shuffle blocks.
+    seed
+        of the schedule.
+    race_detector
+        report accesses to shared memory that nothing orders.
+    late_landing
+        asynchronous copies arrive as late as is allowed, their destinations hold NaNs until
+        then; otherwise they arrive at once, as early as is allowed.
+    counters
+        count bank conflicts and sectors (slow); instructions are always counted.
+    workers
+        OS threads that run blocks.
     """
 
     schedule: str = "fifo"
@@ -156,13 +162,19 @@ def _default_runtime() -> tuple[Path, ctypes.CDLL]:
 class Module:
     """A compiled kernel file.
 
-    Args:
-        source: what to compile.
-        options: how its launches run, unless a launch says otherwise.
+    Parameters
+    ----------
+    source
+        what to compile.
+    options
+        how its launches run, unless a launch says otherwise.
 
-    Raises:
-        cupyflash.Unsupported: there is no C++ compiler.
-        cupyflash.KernelCompileError: the source does not compile.
+    Raises
+    ------
+    cupyflash.Unsupported
+        there is no C++ compiler.
+    cupyflash.KernelCompileError
+        the source does not compile.
     """
 
     def __init__(self, source: KernelSource, options: Options | None = None) -> None:
@@ -175,8 +187,10 @@ class Module:
     def get_function(self, name: str) -> Function:
         """The entry ``name``.
 
-        Raises:
-            ValueError: the source has no such entry; the message lists those it has.
+        Raises
+        ------
+        ValueError
+            the source has no such entry; the message lists those it has.
         """
         if name not in self.source.entries:
             entries = ", ".join(self.source.entries)
@@ -205,18 +219,27 @@ class Function:
     ) -> Counters:
         """Runs the kernel to its end.
 
-        Args:
-            grid: 1 to 3 numbers of blocks.
-            block: the number of threads, a multiple of 32; further dimensions are 1.
-            args: NumPy arrays (their data pointer is passed), NumPy scalars (passed as they are,
-                structured ones by value), int (as a 64-bit integer), float (as a double), None (a null
-                pointer).
-            shared_mem: bytes of dynamic shared memory.
-            options: instead of the module's.
+        Parameters
+        ----------
+        grid
+            1 to 3 numbers of blocks.
+        block
+            the number of threads, a multiple of 32; further dimensions are 1.
+        args
+            NumPy arrays (their data pointer is passed), NumPy scalars (passed as they are,
+            structured ones by value), int (as a 64-bit integer), float (as a double), None (a null
+            pointer).
+        shared_mem
+            bytes of dynamic shared memory.
+        options
+            instead of the module's.
 
-        Raises:
-            EmulatorError: the kernel is wrong, or cannot be launched like this.
-            TypeError, ValueError: an argument is of the wrong kind, number or size.
+        Raises
+        ------
+        EmulatorError
+            the kernel is wrong, or cannot be launched like this.
+        TypeError, ValueError
+            an argument is of the wrong kind, number or size.
         """
         if len(block) == 0 or any(size != 1 for size in block[1:]):
             raise ValueError(f"block={tuple(block)}: kernels run in one dimension of threads, (n,)")
@@ -311,16 +334,24 @@ def guarded_array(
     """An array of zeros between inaccessible pages, so that what a kernel does outside it is reported with
     its name.
 
-    Args:
-        shape: of the array, in C order.
-        dtype: of the array.
-        name: what reports call it.
-        flush: "end": the first byte after the array is inaccessible; "start": the last one before it.
-        alignment: of the first element, in bytes, a power of two up to 4096; None: 16, or the element's
-            own size where that would leave room between the array and its end.
+    Parameters
+    ----------
+    shape
+        of the array, in C order.
+    dtype
+        of the array.
+    name
+        what reports call it.
+    flush
+        "end": the first byte after the array is inaccessible; "start": the last one before it.
+    alignment
+        of the first element, in bytes, a power of two up to 4096; None: 16, or the element's
+        own size where that would leave room between the array and its end.
 
-    Raises:
-        MemoryError: there is none.
+    Raises
+    ------
+    MemoryError
+        there is none.
     """
     if flush not in ("start", "end"):
         raise ValueError(f"flush={flush!r}; expected 'start' or 'end'")

@@ -62,13 +62,19 @@ def digest(*parts: str | bytes) -> str:
 class Cache:
     """A folder of entries.
 
-    Args:
-        folder: created, with mode 0700, if it is not there.  None: ``default_folder()``.
-        max_bytes: what the entries may take together; the least recently used go first.
+    Parameters
+    ----------
+    folder
+        created, with mode 0700, if it is not there.  None: ``default_folder()``.
+    max_bytes
+        what the entries may take together; the least recently used go first.
 
-    Raises:
-        PermissionError: the folder belongs to somebody else, others may write to it, or it is a link.
-        OSError: the folder cannot be made or written.
+    Raises
+    ------
+    PermissionError
+        the folder belongs to somebody else, others may write to it, or it is a link.
+    OSError
+        the folder cannot be made or written.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, *, max_bytes: int = 1 << 30) -> None:
@@ -82,13 +88,17 @@ class Cache:
     def get(self, key: str, build: Callable[[Path], None]) -> Path:
         """The entry's folder, built if it is not there.
 
-        Args:
-            key: a name from `digest`.
-            build: called with an empty folder, to put the entry's files into.  What it raises comes back
-                to the caller, and nothing is stored.
+        Parameters
+        ----------
+        key
+            a name from `digest`.
+        build
+            called with an empty folder, to put the entry's files into.  What it raises comes back
+            to the caller, and nothing is stored.
 
-        Returns:
-            A folder that holds the files.  It is not to be written to, and stays for a minute at least.
+        Returns
+        -------
+        A folder that holds the files.  It is not to be written to, and stays for a minute at least.
         """
         entry = self.folder / key
         if self._use(entry):
@@ -171,8 +181,10 @@ def default_cache() -> Cache:
     Where that is not the user's choice and cannot be written (a container without a home, say), a temporary folder
     takes its place until the process ends, with a warning.
 
-    Raises:
-        OSError: ``$CUPYFLASH_CACHE`` is set and cannot be used; see `Cache`.
+    Raises
+    ------
+    OSError
+        ``$CUPYFLASH_CACHE`` is set and cannot be used; see `Cache`.
     """
     return _default_cache(default_folder(), "CUPYFLASH_CACHE" in os.environ)
 

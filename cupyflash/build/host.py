@@ -43,9 +43,12 @@ _KERNEL_FLAGS = ("-O1", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function",
 class Compiler:
     """A C++ compiler that answered.
 
-    Attributes:
-        command: the program and its fixed arguments; ``$CXX`` may hold several words.
-        version: what it says of itself, part of every cache key.
+    Attributes
+    ----------
+    command
+        the program and its fixed arguments; ``$CXX`` may hold several words.
+    version
+        what it says of itself, part of every cache key.
     """
 
     command: tuple[str, ...]
@@ -55,8 +58,10 @@ class Compiler:
 def find_compiler() -> Compiler:
     """The C++ compiler: ``$CXX``, else the first of c++, g++, clang++ on the path.
 
-    Raises:
-        Unsupported: there is none, ``$CXX`` does not run, or this is not Linux.
+    Raises
+    ------
+    Unsupported
+        there is none, ``$CXX`` does not run, or this is not Linux.
     """
     return _find_compiler(os.environ.get("CXX", ""), os.environ.get("PATH", ""))
 
@@ -85,14 +90,20 @@ def _no_compiler(reason: str) -> Unsupported:
 def build_runtime(cache: Cache, *, portable_fibers: bool = False) -> Path:
     """The emulator's runtime as a shared library.
 
-    Args:
-        cache: where it is kept.
-        portable_fibers: switch stacks by ucontext instead of by hand-written assembly; slower, runs
+    Parameters
+    ----------
+    cache
+        where it is kept.
+    portable_fibers
+        switch stacks by ucontext instead of by hand-written assembly; slower, runs
         everywhere.
 
-    Raises:
-        Unsupported: there is no compiler.
-        KernelCompileError: the compiler refused; ``.log`` is its output.
+    Raises
+    ------
+    Unsupported
+        there is no compiler.
+    KernelCompileError
+        the compiler refused; ``.log`` is its output.
     """
     compiler = find_compiler()
     folder = kernels_folder() / "emulator"
@@ -118,9 +129,12 @@ def build_kernel(source: KernelSource, cache: Cache, runtime: Path) -> Path:
     Each of the source's entries becomes a symbol ``cupyflash_kernel_<entry>``, see
     kernels_cu/emulator/export.h.
 
-    Raises:
-        Unsupported: there is no compiler.
-        KernelCompileError: the compiler refused; ``.log`` is its output, with lines of the original files.
+    Raises
+    ------
+    Unsupported
+        there is no compiler.
+    KernelCompileError
+        the compiler refused; ``.log`` is its output, with lines of the original files.
     """
     compiler = find_compiler()
     flags = (*_COMMON_FLAGS, *_KERNEL_FLAGS, *_machine_flags())

@@ -31,12 +31,18 @@ _PTX_OPTIONS = ("--std=c++17", "-default-device")
 class Resources:
     """What one entry of a cubin takes.
 
-    Attributes:
-        registers: per thread.
-        stack_bytes: local memory per thread.  Not 0 means that an array is indexed by a variable, or spilled.
-        spill_stores, spill_loads: bytes of it that are spilled registers.
-        shared_bytes: static shared memory.
-        opcodes: how many of each instruction the code has; only those of `OPCODES` are told apart.
+    Attributes
+    ----------
+    registers
+        per thread.
+    stack_bytes
+        local memory per thread.  Not 0 means that an array is indexed by a variable, or spilled.
+    spill_stores, spill_loads
+        bytes of it that are spilled registers.
+    shared_bytes
+        static shared memory.
+    opcodes
+        how many of each instruction the code has; only those of `OPCODES` are told apart.
     """
 
     registers: int
@@ -51,11 +57,16 @@ class Resources:
 class Binary:
     """A compiled source.
 
-    Attributes:
-        path: of the cubin, for ``cupy.RawModule(path=...)``.
-        log: the compiler's.
-        resources: by entry.
-        notices: lines of the log that say the code is not what was meant: spills, serialised wgmma, ignored
+    Attributes
+    ----------
+    path
+        of the cubin, for ``cupy.RawModule(path=...)``.
+    log
+        the compiler's.
+    resources
+        by entry.
+    notices
+        lines of the log that say the code is not what was meant: spills, serialised wgmma, ignored
         requests.
     """
 
@@ -68,8 +79,10 @@ class Binary:
 def nvrtc_version() -> tuple[int, int]:
     """(major, minor) of the NVRTC that is installed.
 
-    Raises:
-        Unsupported: there is none.
+    Raises
+    ------
+    Unsupported
+        there is none.
     """
     return _nvrtc().version
 
@@ -77,14 +90,21 @@ def nvrtc_version() -> tuple[int, int]:
 def compile_cubin(source: KernelSource, arch: str, cache: Cache) -> Binary:
     """Compiles for one architecture, or finds the result of an earlier time.
 
-    Args:
-        source: a flattened translation unit.
-        arch: ``"sm_80"``, ``"sm_90a"``, ...
-        cache: where the cubin and the log are kept.
+    Parameters
+    ----------
+    source
+        a flattened translation unit.
+    arch
+        ``"sm_80"``, ``"sm_90a"``, ...
+    cache
+        where the cubin and the log are kept.
 
-    Raises:
-        Unsupported: there is no NVRTC.
-        KernelCompileError: it refused; ``.log`` is its output, with lines of the original files.
+    Raises
+    ------
+    Unsupported
+        there is no NVRTC.
+    KernelCompileError
+        it refused; ``.log`` is its output, with lines of the original files.
     """
     nvrtc = _nvrtc()
     options = (f"-arch={arch}", *_CUBIN_OPTIONS)
@@ -183,8 +203,10 @@ _INFO_MIN_STACK = 0x12
 def read_cubin(cubin: bytes) -> dict[str, dict[str, int | dict[str, int]]]:
     """registers, stack_bytes, shared_bytes and opcodes of each entry, from the ELF file itself.
 
-    Raises:
-        ValueError: it is not a 64-bit ELF file.
+    Raises
+    ------
+    ValueError
+        it is not a 64-bit ELF file.
     """
     if cubin[:5] != b"\x7fELF\x02":
         raise ValueError("not a cubin: it does not begin like a 64-bit ELF file")

@@ -19,8 +19,10 @@ __all__ = ["ConfigValue", "KernelSource", "config", "flatten", "kernels_folder",
 def kernels_folder() -> Path:
     """The folder that holds the kernels' sources.
 
-    Raises:
-        FileNotFoundError: neither of the two places is a folder; the message names both.
+    Raises
+    ------
+    FileNotFoundError
+        neither of the two places is a folder; the message names both.
     """
     # Not resolved: setuptools' strict editable mode links the files into a folder laid out like a wheel.
     package = Path(__file__).parents[1]
@@ -37,11 +39,15 @@ def kernels_folder() -> Path:
 def read_kernel(name: str) -> str:
     """The text of one source file.
 
-    Args:
-        name: path relative to the folder of kernels, with forward slashes: ``"philox.cuh"``.
+    Parameters
+    ----------
+    name
+        path relative to the folder of kernels, with forward slashes: ``"philox.cuh"``.
 
-    Raises:
-        FileNotFoundError: there is no such file; the message names the folder that was looked in.
+    Raises
+    ------
+    FileNotFoundError
+        there is no such file; the message names the folder that was looked in.
     """
     folder = kernels_folder()
     path = folder / name
@@ -54,10 +60,14 @@ def read_kernel(name: str) -> str:
 class KernelSource:
     """One translation unit, complete but for the system's headers and the emulator's.
 
-    Attributes:
-        name: what it is, for file names and messages: ``"fwd_sm80-bf16-d128"``.
-        text: the flattened source.  The same text goes to NVRTC, to nvcc and to a host compiler.
-        entries: the ``extern "C"`` functions that can be launched.
+    Attributes
+    ----------
+    name
+        what it is, for file names and messages: ``"fwd_sm80-bf16-d128"``.
+    text
+        the flattened source.  The same text goes to NVRTC, to nvcc and to a host compiler.
+    entries
+        the ``extern "C"`` functions that can be launched.
     """
 
     name: str
@@ -71,12 +81,16 @@ ConfigValue = bool | int | float | str
 def config(constants: Mapping[str, ConfigValue]) -> str:
     """``struct Config``, through which a kernel gets its compile-time constants.
 
-    Args:
-        constants: by C++ name.  bool, int and float become ``static constexpr`` members of that type; a
-            str names a C++ type and becomes an alias, ``{"Element": "BFloat16"}``.
+    Parameters
+    ----------
+    constants
+        by C++ name.  bool, int and float become ``static constexpr`` members of that type; a
+        str names a C++ type and becomes an alias, ``{"Element": "BFloat16"}``.
 
-    Raises:
-        TypeError, ValueError: a value of another type, or an int that does not fit a C++ int; the message
+    Raises
+    ------
+    TypeError, ValueError
+        a value of another type, or an int that does not fit a C++ int; the message
         names it.
     """
     lines = ["struct Config {"]
@@ -102,11 +116,16 @@ def config(constants: Mapping[str, ConfigValue]) -> str:
 def render(file: str, constants: Mapping[str, ConfigValue], entries: Sequence[str], name: str) -> KernelSource:
     """A kernel file over a `Config`.
 
-    Args:
-        file: path relative to the folder of kernels: ``"fwd_sm80.cu"``.
-        constants: see `config`.
-        entries: the file's ``extern "C"`` functions.
-        name: see `KernelSource`.
+    Parameters
+    ----------
+    file
+        path relative to the folder of kernels: ``"fwd_sm80.cu"``.
+    constants
+        see `config`.
+    entries
+        the file's ``extern "C"`` functions.
+    name
+        see `KernelSource`.
     """
     text = f'#include "types.cuh"\n{config(constants)}\n#include "{file}"\n'
     return KernelSource(name, flatten(text, f"config of {name}"), tuple(entries))
@@ -123,12 +142,17 @@ def flatten(text: str, label: str) -> str:
     ``emulator/`` stay
     includes: only a host compiler reads them, and it is given the folder of kernels to search.
 
-    Args:
-        text: a kernel source.
-        label: what ``#line`` calls it.
+    Parameters
+    ----------
+    text
+        a kernel source.
+    label
+        what ``#line`` calls it.
 
-    Raises:
-        FileNotFoundError: a header that is not in the folder of kernels; the message names the includer.
+    Raises
+    ------
+    FileNotFoundError
+        a header that is not in the folder of kernels; the message names the includer.
     """
     seen: set[str] = set()
 

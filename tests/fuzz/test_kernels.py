@@ -7,11 +7,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cupyflash.backends.emulator import Options
 from cupyflash.testing import assert_attention_close
+from tests.cases import examples
 from tests.kernels.forward import Spec, forward
 
 pytestmark = pytest.mark.usefixtures("cxx")
@@ -51,8 +52,8 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-# An example takes about half a second.
-@settings(max_examples=settings.default.max_examples // 4)
+# An example takes 30 ms under the emulator, and as long for the oracle.
+@examples(10)
 @given(problems())
 def test_forward(problem: dict[str, Any]) -> None:
     spec, (heads_q, heads_kv) = problem["spec"], problem["heads"]
