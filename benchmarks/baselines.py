@@ -38,11 +38,10 @@ def materialize(
     window: tuple[int, int] | None = None,
     enable_gqa: bool = False,
 ) -> Array:
-    """Attention as one writes it in NumPy with some care: all scores at once, worked on in place.
+    """Attention as one writes it in NumPy: the formula, line by line, with all scores at once.
 
-    16-bit operands are computed in float32, and rows are normalised after the product with V, where they are shorter.
-    Bool masks are the line that everybody writes, `np.where(mask, scores, -np.inf)`: on 2 × 8 × 2048² scores it takes
-    71 ms, a bias of 0 and −inf that is added in place would take 16.
+    16-bit operands are computed in float32, and bool masks are `np.where(mask, scores, -np.inf)`.  Working in place and
+    adding masks as biases makes it up to twice as fast, at the cost of its looks; this is what people write.
     """
     dtype = query.dtype
     compute = np.float64 if dtype == np.float64 else np.float32
@@ -50,18 +49,13 @@ def materialize(
     if enable_gqa:
         group_size = query.shape[1] // key.shape[1]
         key, value = np.repeat(key, group_size, axis=1), np.repeat(value, group_size, axis=1)
-    scores = np.matmul(query * compute(1 / math.sqrt(query.shape[-1])), key.swapaxes(-1, -2))
+    scores = query @ key.swapaxes(-1, -2) * compute(1 / math.sqrt(query.shape[-1]))
     for mask in (attn_mask, structural_mask(query.shape[-2], key.shape[-2], is_causal, window)):
         if mask is not None:
-            if mask.dtype == bool:
-                scores = np.where(mask, scores, compute(-np.inf))
-            else:
-                scores += mask
-    scores -= scores.max(axis=-1, keepdims=True)
-    np.exp(scores, out=scores)
-    out = np.matmul(scores, value)
-    out /= scores.sum(axis=-1, keepdims=True)
-    return out.astype(dtype, copy=False)
+            scores = np.where(mask, scores, compute(-np.inf)) if mask.dtype == bool else scores + mask
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights = weights / weights.sum(axis=-1, keepdims=True)
+    return (weights @ value).astype(dtype, copy=False)
 
 
 def structural_mask(
