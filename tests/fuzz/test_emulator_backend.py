@@ -61,7 +61,7 @@ def kernel_cases(draw: st.DrawFn) -> Case:
     return case
 
 
-@examples(10)
+@examples(15)
 @given(case=kernel_cases(), schedule=SCHEDULES)
 def test_any_call_that_the_kernels_run(case: Case, schedule: str) -> None:
     assert not KERNEL_BACKENDS["emulator"].refused_features(case)

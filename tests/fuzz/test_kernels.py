@@ -53,7 +53,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
 
 
 # An example takes 30 ms under the emulator, and as long for the oracle.
-@examples(10)
+@examples(15)
 @given(problems())
 def test_forward(problem: dict[str, Any]) -> None:
     spec, (heads_q, heads_kv) = problem["spec"], problem["heads"]
