@@ -87,11 +87,6 @@ class Problem:
         """A bound of all |i + shift| and j."""
         return max(self.seqlen_q + abs(self.shift), self.seqlen_k)
 
-    @property
-    def lead_shape(self) -> tuple[int, ...]:
-        """The axes of the output before its last two, as the caller sees them."""
-        return (*self.batch_shape, self.num_heads_q) if self.has_head_axis else ()
-
     def __str__(self) -> str:
         """Shapes on one line, features on the next."""
         heads = f"heads {self.num_heads_q}/{self.num_heads_k}/{self.num_heads_v}"
