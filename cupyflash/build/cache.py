@@ -129,14 +129,18 @@ class Cache:
         return True
 
     def _install(self, made: Path, entry: Path) -> None:
-        # What is at the place now, if anything, is damaged, for _use has just refused it. It goes with the
-        # workplace.
-        with contextlib.suppress(FileNotFoundError):
+        # A folder with files in it is not replaced by a rename: without locks another process may have been quicker, and
+        # then its entry serves and must not be touched.
+        with contextlib.suppress(OSError):
+            os.rename(made, entry)
+            return
+        if _is_whole(entry):
+            return
+        with contextlib.suppress(FileNotFoundError):  # what is damaged goes with the workplace
             os.rename(entry, made.with_name("damaged"))
         try:
             os.rename(made, entry)
         except OSError:
-            # Without locks another process may have been quicker; then its entry serves.
             if not _is_whole(entry):
                 raise
 
