@@ -129,8 +129,8 @@ class Cache:
         return True
 
     def _install(self, made: Path, entry: Path) -> None:
-        # A folder with files in it is not replaced by a rename: without locks another process may have been quicker, and
-        # then its entry serves and must not be touched.
+        # A rename does not replace a folder with files in it: without locks another process may have been quicker,
+        # and then its entry serves and must not be touched.
         with contextlib.suppress(OSError):
             os.rename(made, entry)
             return
