@@ -84,7 +84,7 @@ struct Forward {
         warp_row(16 * isa::warp_index()),
         k(head_rows(params, params.k, work.batch, work.head / params.group_size_k)),
         v(head_rows(params, params.v, work.batch, work.head / params.group_size_v)),
-        scale_log2(params.scale * kLog2E),
+        scale_log2(static_cast<float>(params.scale) * kLog2E),
         state(RowState::start()) {
 #pragma unroll
     for (int n = 0; n < Traits::kOutTiles; ++n) {
@@ -127,7 +127,7 @@ struct Forward {
 
     float s_frag[Traits::kScoreTiles][4];
     multiply_q_k<Config, Traits::KTile>(s_frag, q_frag, SharedStorage::k(step % 2));
-    if constexpr (Config::kScaleFirst) scale_scores(s_frag, params.scale);
+    if constexpr (Config::kScaleFirst) scale_scores(s_frag, static_cast<float>(params.scale));
     if constexpr (kMasked) {
       mask_scores<Config>(s_frag, params, row_begin + warp_row, tile * Config::kBlockN);
     }
@@ -145,8 +145,8 @@ struct Forward {
     const int row = row_begin + warp_row;
     if (params.lse != nullptr) {
       const long long head = static_cast<long long>(work.batch) * params.num_heads_q + work.head;
-      const float max_scale = Config::kScaleFirst ? 1.0f : params.scale;
-      store_lse(params.lse + head * params.seqlen_q, state, max_scale, row, params.seqlen_q);
+      const float max_scale = Config::kScaleFirst ? 1.0f : static_cast<float>(params.scale);
+      store_lse(static_cast<float*>(params.lse) + head * params.seqlen_q, state, max_scale, row, params.seqlen_q);
     }
     const HeadRows out = head_rows(params, params.out, work.batch, work.head);
     store_out<Config, Traits::QTile>(out, SharedStorage::out(), o_frag, warp_row, row, params.seqlen_q);

@@ -19,19 +19,42 @@ struct Tensor {
 };
 
 // One forward pass. Query i and key j take part together iff  lower <= j - i <= upper.
+//
+// Accumulators are float, double for elements of double.
 struct FwdParams {
-  Tensor q;    // [*batch_shape, num_heads_q, seqlen_q, head_dim]
-  Tensor k;    // [*batch_shape, num_heads_k, seqlen_k, head_dim]
-  Tensor v;    // [*batch_shape, num_heads_v, seqlen_k, head_dim]
-  Tensor out;  // [*batch_shape, num_heads_q, seqlen_q, head_dim]
-  float* lse;  // [*batch_shape, num_heads_q, seqlen_q], contiguous; null if nobody asks for it
+  Tensor q;           // [*batch_shape, num_heads_q, seqlen_q, head_dim]
+  Tensor k;           // [*batch_shape, num_heads_k, seqlen_k, head_dim]
+  Tensor v;           // [*batch_shape, num_heads_v, seqlen_k, head_dim_v]
+  Tensor out;         // [*batch_shape, num_heads_q, seqlen_q, head_dim_v]; not written if Config::kSplit
+  void* lse;          // accumulators [batch_size, num_heads_q, seqlen_q], contiguous; null if nobody asks for it
+  void* partial_out;  // if Config::kSplit: accumulators [num_splits, batch_size, num_heads_q, seqlen_q, head_dim_v],
+  void* partial_lse;  //   normalised within the split, and [num_splits, batch_size, num_heads_q, seqlen_q]
+  double scale;       // > 0 unless Config::kScaleFirst
   int batch_shape[kBatchAxes];
+  int batch_size;  // the product of batch_shape
   int num_heads_q;
   int group_size_k;  // num_heads_q / num_heads_k: query head h uses key head h / group_size_k
   int group_size_v;  // num_heads_q / num_heads_v: and value head h / group_size_v
+  int pack;          // if Config::kPacked: so many query heads share a tile; divides both group sizes
   int seqlen_q;
   int seqlen_k;
-  int lower;    // read if Config::kHasLower; |lower| <= 2^30, as are the lengths
-  int upper;    // read if Config::kHasUpper; |upper| <= 2^30
-  float scale;  // > 0 unless Config::kScaleFirst
+  int head_dim;    // at most Config::kHeadDim
+  int head_dim_v;  // at most Config::kHeadDimV
+  int num_splits;  // if Config::kSplit: parts into which the keys of a tile of queries are divided
+  int lower;       // read if Config::kHasLower; |lower| <= 2^30, as are the lengths
+  int upper;       // read if Config::kHasUpper; |upper| <= 2^30
+};
+
+// Joins the partial results that the blocks of a split forward pass left: see FwdParams.
+struct CombineParams {
+  Tensor out;               // [*batch_shape, num_heads_q, seqlen_q, head_dim_v]
+  void* lse;                // accumulators [batch_size, num_heads_q, seqlen_q]; may be null
+  const void* partial_out;  // accumulators [num_splits, batch_size, num_heads_q, seqlen_q, head_dim_v]
+  const void* partial_lse;  // accumulators [num_splits, batch_size, num_heads_q, seqlen_q]
+  int batch_shape[kBatchAxes];
+  int batch_size;
+  int num_heads_q;
+  int seqlen_q;
+  int head_dim_v;
+  int num_splits;
 };

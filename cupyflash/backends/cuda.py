@@ -18,8 +18,9 @@ from ..build.cache import default_cache
 from ..build.launch import entry_of, launches, prepare, render_kernel
 from ..build.nvrtc import compile_cubin, nvrtc_version
 from ..errors import Unsupported
-from ..plan.choose import KernelSpec, choose, refusals
+from ..plan.choose import choose, refusals
 from ..plan.device import DeviceSpec
+from ..plan.specs import KernelSpec
 from ..problem.problem import Buffers, Problem
 
 __all__ = ["CudaBackend"]
@@ -45,7 +46,7 @@ class CudaBackend:
         with device:
             spec = _device_spec(cupy, device.id)
             plan = choose(problem, spec)
-            operands = prepare(problem, buffers, _address)
+            operands = prepare(problem, plan, buffers, _address)
             for launch, params in launches(problem, plan, operands, _address):
                 kernel = _kernel(cupy, launch.spec, spec.arch, device.id)
                 kernel(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes)

@@ -17,8 +17,9 @@ from typing import Any
 from ..build.host import find_compiler
 from ..build.launch import entry_of, launches, prepare, render_kernel
 from ..errors import Unsupported
-from ..plan.choose import KernelSpec, choose, refusals
+from ..plan.choose import choose, refusals
 from ..plan.device import EMULATOR
+from ..plan.specs import KernelSpec
 from ..problem.problem import Buffers, Problem
 from .emulator import Function, Module, Options
 
@@ -45,7 +46,7 @@ class EmulatorBackend:
         """See `cupyflash.backends.registry.Backend`."""
         options = options_from(os.environ.get(_ENVIRONMENT, ""))
         plan = choose(problem, EMULATOR)
-        operands = prepare(problem, buffers, _address)
+        operands = prepare(problem, plan, buffers, _address)
         for launch, params in launches(problem, plan, operands, _address):
             kernel = _kernel(launch.spec)
             kernel(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes, options=options)

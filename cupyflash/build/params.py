@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["BATCH_AXES", "FWD_PARAMS", "TENSOR", "layout_checks"]
+__all__ = ["BATCH_AXES", "COMBINE_PARAMS", "FWD_PARAMS", "TENSOR", "layout_checks"]
 
 #: Batch axes that a kernel carries.
 BATCH_AXES = 4
@@ -30,15 +30,38 @@ FWD_PARAMS = np.dtype(
         ("v", TENSOR),
         ("out", TENSOR),
         ("lse", np.uintp),
+        ("partial_out", np.uintp),
+        ("partial_lse", np.uintp),
+        ("scale", np.float64),
         ("batch_shape", np.int32, (BATCH_AXES,)),
+        ("batch_size", np.int32),
         ("num_heads_q", np.int32),
         ("group_size_k", np.int32),
         ("group_size_v", np.int32),
+        ("pack", np.int32),
         ("seqlen_q", np.int32),
         ("seqlen_k", np.int32),
+        ("head_dim", np.int32),
+        ("head_dim_v", np.int32),
+        ("num_splits", np.int32),
         ("lower", np.int32),
         ("upper", np.int32),
-        ("scale", np.float32),
+    ],
+    align=True,
+)
+
+COMBINE_PARAMS = np.dtype(
+    [
+        ("out", TENSOR),
+        ("lse", np.uintp),
+        ("partial_out", np.uintp),
+        ("partial_lse", np.uintp),
+        ("batch_shape", np.int32, (BATCH_AXES,)),
+        ("batch_size", np.int32),
+        ("num_heads_q", np.int32),
+        ("seqlen_q", np.int32),
+        ("head_dim_v", np.int32),
+        ("num_splits", np.int32),
     ],
     align=True,
 )

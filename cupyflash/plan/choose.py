@@ -6,33 +6,52 @@ so that a loop over growing keys finds it again: see `choose_spec`.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..errors import Unsupported
+from ..problem.dtypes import dtype_named
 from ..problem.problem import Problem
 from .device import DeviceSpec
-from .tiles import TILES, TileConfig, tiles_for
+from .specs import CombineSpec, Features, FwdSpec, Launch, Plan
+from .tiles import FAMILIES, TILES, TileConfig, TileRow, rows_for
 
-__all__ = ["KernelSpec", "Launch", "Plan", "Selector", "choose", "choose_spec", "every_spec", "refusals"]
+__all__ = [
+    "Candidate",
+    "Selector",
+    "blocks_per_sm",
+    "candidates",
+    "choose",
+    "choose_spec",
+    "every_spec",
+    "num_splits",
+    "pack_of",
+    "refusals",
+    "selector_of",
+]
 
 # The kernel's indices are int32: the sum of two lengths, and of the rows that fill up a tile, has to fit.
 _MAX_LENGTH = 2**30 - 2**8
 _MAX_BLOCKS = 2**31 - 1
+_ANY_DEVICE = (99, 0)
 # Where scale · log2(e) and the scores keep far from float32's ends, it is folded into the exponent.
 _FOLDED_SCALES = (2.0**-64, 2.0**64)
 
-_SHORT_NAMES = {"float16": "f16", "bfloat16": "bf16"}
+# The heights of the tiles by which packing and the number of blocks are judged, before a tile is chosen.
+_NARROWEST, _WIDEST = 64, 128
+# Where there are as few tiles of keys, dividing them costs more than it gains; and more parts than these, too.
+_MIN_KEY_TILES, _MAX_SPLITS = 4, 128
 
-# (has_lower, has_upper, scale_first) of the kernels that there are.  What is rare shares the one that is bounded on
-# both sides: a window that is open to the right, and a scale that can't be folded.
+# What kernels are compiled with.  What is rare shares the one that is bounded on both sides: a window that is open to
+# the right, and a scale that can't be folded.
 _FEATURES = (_FULL, _CAUSAL, _WINDOW, _ANY_SCALE) = (
-    (False, False, False),
-    (False, True, False),
-    (True, True, False),
-    (True, True, True),
+    Features(),
+    Features(has_upper=True),
+    Features(has_lower=True, has_upper=True),
+    Features(has_lower=True, has_upper=True, scale_first=True),
 )
 
 
@@ -42,74 +61,29 @@ class Selector:
 
     dtype: str
     head_dim: int
-    features: tuple[bool, bool, bool]  # has_lower, has_upper, scale_first of the KernelSpec
-    fills_device: bool  # the wide tile makes at least one block for each SM
+    head_dim_v: int
+    features: Features
+    packed: bool
+    fills_device: bool  # the widest tile makes at least one block for each SM
 
 
 @dataclass(frozen=True)
-class KernelSpec:
-    """What is compiled into a kernel.  Its str is module name, test id and benchmark row.
+class Candidate:
+    """A kernel that holds the problem's dtype and head dims, and what is against it."""
 
-    Parameters
-    ----------
-    family : str
-        The kernel file without its suffix.
-    dtype : str
-        "float16" or "bfloat16".
-    head_dim : int
-    tile : TileConfig
-    has_lower, has_upper : bool
-        Whether the band of keys that take part may be bounded on either side.
-    scale_first : bool
-        Scores are multiplied by the scale before the softmax rather than within its exponent: right for any scale.
-    """
-
-    family: str
-    dtype: str
-    head_dim: int
-    tile: TileConfig
-    has_lower: bool = False
-    has_upper: bool = False
-    scale_first: bool = False
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block."""
-        return self.tile.shared_bytes(self.head_dim)
-
-    def __str__(self) -> str:
-        bounds = {(False, False): "", (False, True): "-causal", (True, False): "-lower", (True, True): "-window"}
-        features = bounds[self.has_lower, self.has_upper] + ("-scalefirst" if self.scale_first else "")
-        return f"{self.family}-{_SHORT_NAMES[self.dtype]}-d{self.head_dim}-{self.tile}{features}"
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch: everything but the parameters."""
-
-    spec: KernelSpec
-    grid: tuple[int]
-    block: tuple[int]
-    shared_bytes: int
-
-    def __str__(self) -> str:
-        return f"{self.spec} grid={self.grid[0]} block={self.block[0]} shared={self.shared_bytes}"
-
-
-#: Launches in the order in which they run; empty where there is nothing to compute.
-Plan = tuple[Launch, ...]
+    spec: FwdSpec
+    reasons: tuple[str, ...]
 
 
 def refusals(problem: Problem) -> list[str]:
-    """What the problem asks and no kernel does, one sentence each; empty if some kernel can run it."""
+    """What the problem asks and no kernel does on any device, one sentence each; empty if some kernel can run it."""
     reasons = []
-    if problem.dtype not in _SHORT_NAMES:
-        reasons.append(f"it has no {problem.dtype}, only float16 and bfloat16")
-    head_dims = sorted({row.head_dim for row in TILES})
-    if problem.head_dim != problem.head_dim_v:
-        reasons.append(f"it has no E ≠ Ev, but E was {problem.head_dim} and Ev was {problem.head_dim_v}")
-    elif problem.head_dim not in head_dims:
-        reasons.append(f"it has the head dims {', '.join(map(str, head_dims))}, but E was {problem.head_dim}")
+    dtypes = sorted({dtype for row in TILES for dtype in row.dtypes})
+    if problem.dtype not in dtypes:
+        reasons.append(f"it has no {problem.dtype}, only {', '.join(dtypes)}")
+    elif not rows_for(problem.dtype, problem.head_dim, problem.head_dim_v, _ANY_DEVICE):
+        held = ", ".join(sorted({f"{row.head_dim}" for row in TILES if problem.dtype in row.dtypes}, key=int))
+        reasons.append(f"it has the head dims {held}, but E was {problem.head_dim} and Ev was {problem.head_dim_v}")
     for name, asked in (
         ("float mask", problem.float_mask_dtype),
         ("bool mask", problem.has_bool_mask),
@@ -127,7 +101,7 @@ def refusals(problem: Problem) -> list[str]:
     for name, length in (("L", problem.seqlen_q), ("S", problem.seqlen_k)):
         if length > _MAX_LENGTH:
             reasons.append(f"it takes lengths up to {_MAX_LENGTH}, but {name} was {length}")
-    if _num_blocks(problem, min(tile.block_m for row in TILES for tile in row.tiles)) > _MAX_BLOCKS:
+    if _num_tiles(problem, min(tile.block_m for row in TILES for tile in row.tiles), 1) > _MAX_BLOCKS:
         reasons.append(f"it takes up to {_MAX_BLOCKS} tiles of queries, and these are more")
     return reasons
 
@@ -141,48 +115,148 @@ def choose(problem: Problem, device: DeviceSpec) -> Plan:
         No kernel runs on the device; with a reason for each candidate.
     """
     if 0 in (problem.batch_size, problem.num_heads_q, problem.seqlen_q):
-        return ()
-    widest = max(tile.block_m for row in TILES for tile in row.tiles)
-    selector = Selector(
+        return Plan(())
+    selector = selector_of(problem, device)
+    spec = choose_spec(selector, device)
+    pack = pack_of(problem) if spec.packed else 1
+    num_tiles = _num_tiles(problem, spec.tile.block_m, pack)
+    splits = 1
+    if FAMILIES[spec.family].splits:
+        splits = num_splits(
+            num_tiles, _num_key_tiles(problem, spec.tile, pack), device.sms * blocks_per_sm(spec, device)
+        )
+    row_alignment = FAMILIES[spec.family].row_alignment(dtype_named(spec.dtype).storage.itemsize)
+    if splits == 1:
+        return Plan((Launch(spec, (num_tiles,)),), 1, pack, row_alignment)
+    combine = CombineSpec(spec.dtype)
+    num_rows = problem.batch_size * problem.num_heads_q * problem.seqlen_q
+    launches = (
+        Launch(replace(spec, split=True), (num_tiles * splits,)),
+        Launch(combine, (math.ceil(num_rows / combine.rows_per_block),)),
+    )
+    return Plan(launches, splits, pack, row_alignment)
+
+
+def selector_of(problem: Problem, device: DeviceSpec) -> Selector:
+    """What of the problem selects a kernel."""
+    pack = pack_of(problem)
+    return Selector(
         dtype=problem.dtype,
         head_dim=problem.head_dim,
+        head_dim_v=problem.head_dim_v,
         features=_features(problem),
-        fills_device=_num_blocks(problem, widest) >= device.sms,
+        packed=pack > 1,
+        fills_device=_num_tiles(problem, _WIDEST, pack) >= device.sms,
     )
-    spec, reasons = choose_spec(selector, device)
-    if spec is None:
-        raise Unsupported(
-            f'no kernel runs on {device.name}: {"; ".join(reasons)}; pass backend="math"', {"cuda": reasons}
-        )
-    grid = (_num_blocks(problem, spec.tile.block_m),)
-    return (Launch(spec, grid, (32 * spec.tile.num_warps,), spec.shared_bytes),)
 
 
 @lru_cache(maxsize=512)
-def choose_spec(selector: Selector, device: DeviceSpec) -> tuple[KernelSpec | None, tuple[str, ...]]:
-    """The kernel for what `selector` says, or None and why each candidate falls out."""
-    candidates = tiles_for("fwd_sm80", selector.head_dim, device.cc)
-    if not candidates:
-        return None, (f"it needs compute capability 8.0 or later, {device.name} has {device.cc[0]}.{device.cc[1]}",)
-    refused = {tile: tile.reasons(selector.head_dim, device) for tile in candidates}
-    legal = [tile for tile in candidates if not refused[tile]]
-    if not legal:
-        return None, tuple(reason for reasons in refused.values() for reason in reasons)
-    # Best first; where the best would leave SMs idle, the one that makes the most blocks.
-    tile = legal[0] if selector.fills_device else min(legal, key=lambda tile: tile.block_m)
-    return KernelSpec("fwd_sm80", selector.dtype, selector.head_dim, tile, *selector.features), ()
+def choose_spec(selector: Selector, device: DeviceSpec) -> FwdSpec:
+    """The kernel for what `selector` says; raises as `choose`."""
+    found = candidates(selector, device)
+    for candidate in found:
+        if not candidate.reasons:
+            return candidate.spec
+    reasons = [reason for candidate in found for reason in candidate.reasons]
+    if not reasons:
+        cc = min(row.since for row in TILES if selector.dtype in row.dtypes)
+        reasons = [
+            f"{selector.dtype} needs compute capability {cc[0]}.{cc[1]} or later, {device.name} has "
+            f"{device.cc[0]}.{device.cc[1]}"
+        ]
+    raise Unsupported(
+        f'no kernel runs on {device.name}: {"; ".join(reasons)}; pass backend="math"', {"cuda": tuple(reasons)}
+    )
 
 
-def every_spec() -> Iterator[KernelSpec]:
+def candidates(selector: Selector, device: DeviceSpec) -> list[Candidate]:
+    """Every kernel that holds the dtype and head dims, best first, with what is against it on that device."""
+    found = []
+    itemsize = dtype_named(selector.dtype).storage.itemsize
+    for row in rows_for(selector.dtype, selector.head_dim, selector.head_dim_v, device.cc):
+        # Best first; where the best would leave SMs idle, the one that makes the most blocks.
+        tiles = row.tiles if selector.fills_device else sorted(row.tiles, key=lambda tile: tile.block_m)
+        for tile in tiles:
+            found.append(Candidate(_spec(row, tile, selector), tuple(row.reasons(tile, itemsize, device))))
+    return found
+
+
+def _spec(row: TileRow, tile: TileConfig, selector: Selector) -> FwdSpec:
+    baseline = min(80, 10 * row.since[0] + row.since[1])
+    dims = (row.head_dim, row.head_dim_v)
+    packed = selector.packed and FAMILIES[row.family].packs
+    return FwdSpec(row.family, selector.dtype, *dims, tile, selector.features, packed, baseline=baseline)
+
+
+def pack_of(problem: Problem) -> int:
+    """How many query heads one tile should hold: those that share a key and a value head, or one.
+
+    Packing pays where it leaves fewer of a tile's rows empty, by more than a tenth (FlashAttention-3's rule).
+    """
+    group = math.gcd(problem.num_heads_q // problem.num_heads_k, problem.num_heads_q // problem.num_heads_v)
+    rows = problem.seqlen_q
+    return group if _used(rows, _NARROWEST) < 0.9 * _used(rows * group, _NARROWEST) else 1
+
+
+def _used(rows: int, block_m: int) -> float:
+    """The part of the tiles' rows that hold a query."""
+    return rows / (math.ceil(rows / block_m) * block_m)
+
+
+@lru_cache(maxsize=512)
+def blocks_per_sm(spec: FwdSpec, device: DeviceSpec) -> int:
+    """How many blocks an SM holds at once, by shared memory and, at 255 registers a thread, by registers."""
+    reserved = 1 << 10  # of each block's shared memory, for the system
+    by_memory = device.smem_per_sm // (spec.shared_bytes + reserved)
+    by_registers = (1 << 16) // (256 * spec.num_threads)
+    return max(1, min(by_memory, by_registers))
+
+
+@lru_cache(maxsize=4096)
+def num_splits(num_tiles: int, num_key_tiles: int, slots: int) -> int:
+    """Into how many parts the keys of each tile of queries are divided.
+
+    As in FlashAttention: one part where tiles of queries fill four fifths of the device, or where there are few tiles
+    of keys; otherwise the smallest number whose last wave of blocks is nearly as full as that of the best.
+
+    Parameters
+    ----------
+    num_tiles, num_key_tiles : int
+        Tiles of queries, and of keys for one of them.
+    slots : int
+        Blocks that the device runs at once.
+    """
+    if num_tiles >= 0.8 * slots or num_key_tiles <= _MIN_KEY_TILES:
+        return 1
+    most = min(_MAX_SPLITS, slots, num_key_tiles)
+    # Some numbers of parts leave the last ones empty: 11 tiles in parts of ceil(11 / 8) = 2 are 6 parts, not 8.
+    choices = [n for n in range(1, most + 1) if math.ceil(num_key_tiles / math.ceil(num_key_tiles / n)) == n]
+    efficiency = [num_tiles * n / slots / math.ceil(num_tiles * n / slots) for n in choices]
+    best = max(efficiency)
+    return next(n for n, e in zip(choices, efficiency, strict=True) if e >= 0.85 * best)
+
+
+def every_spec() -> Iterator[FwdSpec | CombineSpec]:
     """Every kernel that `choose` may name on some device."""
+    found: dict[FwdSpec | CombineSpec, None] = {}
     for row in TILES:
-        for tile in row.tiles:
-            for dtype in _SHORT_NAMES:
-                for features in _FEATURES:
-                    yield KernelSpec(row.family, dtype, row.head_dim, tile, *features)
+        family = FAMILIES[row.family]
+        choices = itertools.product(
+            row.tiles,
+            row.dtypes,
+            _FEATURES,
+            (False, True) if family.packs else (False,),
+            (False, True) if family.splits else (False,),
+        )
+        for tile, dtype, features, packed, split in choices:
+            selector = Selector(dtype, row.head_dim, row.head_dim_v, features, packed, True)
+            found[replace(_spec(row, tile, selector), split=split)] = None
+            if split:
+                found[CombineSpec(dtype)] = None
+    yield from found
 
 
-def _features(problem: Problem) -> tuple[bool, bool, bool]:
+def _features(problem: Problem) -> Features:
     if not _FOLDED_SCALES[0] <= problem.scale <= _FOLDED_SCALES[1]:
         return _ANY_SCALE
     if problem.band.lower is not None:
@@ -190,5 +264,16 @@ def _features(problem: Problem) -> tuple[bool, bool, bool]:
     return _FULL if problem.band.upper is None else _CAUSAL
 
 
-def _num_blocks(problem: Problem, block_m: int) -> int:
-    return math.ceil(problem.seqlen_q / block_m) * problem.num_heads_q * problem.batch_size
+def _num_tiles(problem: Problem, block_m: int, pack: int) -> int:
+    """Tiles of queries; a tile's rows are those of `pack` heads."""
+    heads = problem.batch_size * problem.num_heads_q // pack
+    return math.ceil(problem.seqlen_q * pack / block_m) * heads
+
+
+def _num_key_tiles(problem: Problem, tile: TileConfig, pack: int) -> int:
+    """Tiles of keys that a tile of queries meets, at most."""
+    keys, band = problem.seqlen_k, problem.band
+    if band.lower is not None and band.upper is not None:
+        queries = math.ceil(tile.block_m / pack)
+        keys = min(keys, band.upper - band.lower + queries)
+    return math.ceil(keys / tile.block_n)

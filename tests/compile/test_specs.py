@@ -12,8 +12,9 @@ import cupyflash
 from cupyflash.build.cache import Cache
 from cupyflash.build.launch import entry_of, render_kernel
 from cupyflash.build.nvrtc import Binary, compile_cubin, nvrtc_version
-from cupyflash.plan.choose import KernelSpec, every_spec
+from cupyflash.plan.choose import every_spec
 from cupyflash.plan.device import DEVICES
+from cupyflash.plan.specs import KernelSpec
 from tests.conftest import Require
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")

@@ -11,7 +11,7 @@ from cupyflash.backends.emulator import Counters, Module, Options, guarded_array
 from cupyflash.build.launch import render_kernel
 from cupyflash.build.params import FWD_PARAMS
 from cupyflash.build.source import KernelSource
-from cupyflash.plan.choose import KernelSpec
+from cupyflash.plan.specs import Features, FwdSpec
 from cupyflash.plan.tiles import TileConfig
 
 
@@ -28,10 +28,10 @@ class Spec:
     scale_first: bool = False
 
     @property
-    def kernel(self) -> KernelSpec:
+    def kernel(self) -> FwdSpec:
         tile = TileConfig(16 * self.num_warps, self.block_n, self.num_warps)
-        features = (self.has_lower, self.has_upper, self.scale_first)
-        return KernelSpec("fwd_sm80", self.dtype, self.head_dim, tile, *features)
+        features = Features(self.has_lower, self.has_upper, self.scale_first)
+        return FwdSpec("fwd_sm80", self.dtype, self.head_dim, self.head_dim, tile, features)
 
     @property
     def shared_bytes(self) -> int:
@@ -58,10 +58,12 @@ def launch_arguments(spec, q, k, v, out, lse, lower=0, upper=0, scale=None):
         params[name] = (array.ctypes.data, (0, 0, 0, batch), head, row)
     batch_size, num_heads_q, seqlen_q, head_dim = q.shape
     params["lse"] = lse.ctypes.data
-    params["batch_shape"] = (1, 1, 1, batch_size)
+    params["batch_shape"], params["batch_size"] = (1, 1, 1, batch_size), batch_size
     params["num_heads_q"] = num_heads_q
     params["group_size_k"], params["group_size_v"] = num_heads_q // k.shape[1], num_heads_q // v.shape[1]
+    params["pack"] = params["num_splits"] = 1
     params["seqlen_q"], params["seqlen_k"] = seqlen_q, k.shape[2]
+    params["head_dim"] = params["head_dim_v"] = head_dim
     params["lower"], params["upper"] = lower, upper
     params["scale"] = head_dim**-0.5 if scale is None else scale
     block_m = 16 * spec.num_warps

@@ -21,8 +21,8 @@ from cupyflash.build.cache import Cache
 from cupyflash.build.launch import render_kernel
 from cupyflash.build.nvrtc import compile_cubin
 from cupyflash.build.params import FWD_PARAMS
-from cupyflash.plan.choose import KernelSpec
 from cupyflash.plan.device import DEVICES, EMULATOR
+from cupyflash.plan.specs import FwdSpec, KernelSpec
 from cupyflash.plan.tiles import TileConfig
 from cupyflash.testing import Case, random_case
 from tests import cupy_stand_in
@@ -154,7 +154,7 @@ def test_the_cubin_is_the_compilers_for_the_device(monkeypatch: pytest.MonkeyPat
     for device in ("A100", "H200", "RTX 5090"):
         gpu = install(monkeypatch, DEVICES[device])
         cupyflash.attention(**on_gpu(call()))
-        spec = KernelSpec("fwd_sm80", "float16", 64, TileConfig(64, 64, 4))
+        spec = FwdSpec("fwd_sm80", "float16", 64, 64, TileConfig(64, 64, 4))
         expected = compile_cubin(render_kernel(spec), DEVICES[device].arch, Cache(tmp_path))
         assert gpu.launches[0].cubin == expected.path.read_bytes()
 

@@ -26,8 +26,9 @@ def address(array: Any) -> int:
 
 def params_of(query: np.ndarray, key: np.ndarray, value: np.ndarray, **arguments: Any) -> np.void:
     problem, buffers = normalize(query, key, value, **arguments)
-    operands = prepare(problem, buffers, address)
-    ((_, params),) = launches(problem, choose(problem, EMULATOR), operands, address)
+    plan = choose(problem, EMULATOR)
+    operands = prepare(problem, plan, buffers, address)
+    ((_, params),) = launches(problem, plan, operands, address)
     return params
 
 
@@ -79,7 +80,7 @@ def test_only_an_operand_whose_rows_do_not_fit_is_copied(layout: str) -> None:
     query = LAYOUTS[layout](np.random.default_rng(0).standard_normal((2, 3, 5, 64)).astype(np.float16))
     rows_fit = query.strides[-1] == 2 and not any(s % 16 for s in query.strides[:-1]) and query.ctypes.data % 16 == 0
     problem, buffers = normalize(query, half(2, 3, 7, 64), half(2, 3, 7, 64))
-    operands = prepare(problem, buffers, address)
+    operands = prepare(problem, choose(problem, EMULATOR), buffers, address)
     assert (operands.query is buffers.query) == rows_fit
     assert operands.key is buffers.key
     assert operands.out is buffers.out
@@ -91,7 +92,7 @@ def test_only_an_operand_whose_rows_do_not_fit_is_copied(layout: str) -> None:
 def test_a_copy_holds_what_is_repeated_once() -> None:
     odd = np.ones((3, 5, 65), np.float16)[..., 1:]
     problem, buffers = normalize(np.broadcast_to(odd, (100, 3, 5, 64)), half(7, 64), half(7, 64))
-    copied = prepare(problem, buffers, address).query
+    copied = prepare(problem, choose(problem, EMULATOR), buffers, address).query
     assert copied.shape == (100, 3, 5, 64)
     assert copied.strides[0] == 0
 

@@ -31,6 +31,7 @@ ORDER = [
     "plan",
     "plan.device",
     "plan.tiles",
+    "plan.specs",
     "plan.choose",
     "build",
     "build.source",

@@ -1,0 +1,152 @@
+"""The values of a plan: what is compiled, what is launched, in which order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..problem.dtypes import dtype_named
+from .tiles import FAMILIES, TileConfig
+
+__all__ = ["CombineSpec", "Features", "FwdSpec", "KernelSpec", "Launch", "Plan"]
+
+_SHORT_NAMES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a forward kernel does beyond softmax(Q Kᵀ) V; compiled in, since each is work in the inner loop.
+
+    Parameters
+    ----------
+    has_lower, has_upper : bool
+        Whether the band of keys that take part may be bounded on either side.
+    scale_first : bool
+        Scores are multiplied by the scale before the softmax rather than within its exponent: right for any scale.
+    """
+
+    has_lower: bool = False
+    has_upper: bool = False
+    scale_first: bool = False
+
+    def __str__(self) -> str:
+        bounds = {(False, False): "", (False, True): "causal", (True, False): "lower", (True, True): "window"}
+        named = (bounds[self.has_lower, self.has_upper], "scalefirst" if self.scale_first else "")
+        return "+".join(filter(None, named))
+
+
+@dataclass(frozen=True)
+class FwdSpec:
+    """What is compiled into a forward kernel.  Its str is module name, test id and benchmark row.
+
+    Parameters
+    ----------
+    family : str
+        The kernel file without its suffix: a key of `FAMILIES`.
+    dtype : str
+    head_dim, head_dim_v : int
+        As padded within the kernel: at least E and Ev.
+    tile : TileConfig
+    features : Features
+    packed : bool
+        A tile's rows are all query heads that share a key head, query by query, rather than queries of one head.
+    split : bool
+        Several blocks share the keys of a tile of queries; each leaves a partial result for `combine`.
+    baseline : int
+        The oldest GPUs whose instructions it uses: 75 or 80 for compute capability 7.5 or 8.0.
+    """
+
+    family: str
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    tile: TileConfig
+    features: Features = Features()
+    packed: bool = False
+    split: bool = False
+    baseline: int = 80
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        itemsize = dtype_named(self.dtype).storage.itemsize
+        return FAMILIES[self.family].shared_bytes(self.tile, self.head_dim, self.head_dim_v, itemsize)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.tile.num_warps
+
+    def __str__(self) -> str:
+        dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}x{self.head_dim_v}"
+        parts = [self.family, _SHORT_NAMES[self.dtype], dims, str(self.tile), str(self.features)]
+        parts += ["packed" * self.packed, "split" * self.split, "sm75" * (self.baseline == 75)]
+        return "-".join(filter(None, parts))
+
+
+@dataclass(frozen=True)
+class CombineSpec:
+    """The kernel that joins the partial results of a split launch: one warp for each row of the output.
+
+    Parameters
+    ----------
+    dtype : str
+        Of the output; the partial results are of its accumulator.
+    """
+
+    dtype: str
+
+    family = "combine"
+    shared_bytes = 0
+    num_threads = 128
+    rows_per_block = 4
+
+    def __str__(self) -> str:
+        return f"{self.family}-{_SHORT_NAMES[self.dtype]}"
+
+
+KernelSpec = FwdSpec | CombineSpec
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: everything but the parameters."""
+
+    spec: KernelSpec
+    grid: tuple[int]
+
+    @property
+    def block(self) -> tuple[int]:
+        """Threads of a block."""
+        return (self.spec.num_threads,)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return self.spec.shared_bytes
+
+    def __str__(self) -> str:
+        return f"{self.spec} grid={self.grid[0]} block={self.block[0]} shared={self.shared_bytes}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Launches in the order in which they run; none where there is nothing to compute.
+
+    Parameters
+    ----------
+    launches : tuple of Launch
+    num_splits : int
+        Parts into which the keys of each tile of queries are divided.
+    pack : int
+        Query heads in one tile of rows.
+    row_alignment : int
+        Bytes at whose multiples the kernels need rows to begin.
+    """
+
+    launches: tuple[Launch, ...]
+    num_splits: int = 1
+    pack: int = 1
+    row_alignment: int = 1
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.launches)) or "nothing to compute"
