@@ -250,6 +250,12 @@ def describe_machine() -> Report:
     }
 
 
+def short_name(machine: Report) -> str:
+    """The machine in a file's name: "amd-epyc-2-cores"."""
+    cpu = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")
+    return f"{cpu}-{machine['cores']}-cores"
+
+
 def cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -354,8 +360,7 @@ def main() -> None:
 
     out = given.out
     if out is None and len(chosen) == len(WORKLOADS) and with_torch:
-        short_name = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")
-        out = RESULTS / f"cpu-{short_name}-{machine['cores']}-cores.json"
+        out = RESULTS / f"cpu-{short_name(machine)}.json"
     if out is None:
         print("not written: --out was not given, and this was not a complete run")
         return

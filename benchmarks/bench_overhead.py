@@ -1,0 +1,285 @@
+"""Measure the Python time of a call on CuPy arrays: from entering `attention` to the launch, and back.
+
+    python benchmarks/bench_overhead.py [--cases GLOB] [--quick] [--out FILE.json]
+
+No GPU is needed, and none is used: a stand-in takes CuPy's place, whose arrays answer at once and whose kernels do
+nothing.  So the figures are the time of this library alone.  What CuPy takes for itself is not in them: attributes of
+its arrays, allocation, the launch.  The rows of the emulator's path are NumPy's arrays, whose attributes and
+allocations do count.
+
+A sample is a run of calls, each with arrays of its own that were made before; a row's time is the least of all samples
+per call.  A loop over growing lengths never repeats a length.  The rows of the first call are each one call of a fresh
+process, NumPy and cupyflash imported: with an empty cache of compiled kernels, and with a filled one.
+
+A complete run writes benchmarks/results/overhead-<machine>.json; `tables.py` puts it into the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # measure the checkout around this file
+
+from bench_cpu import BUSY_LOAD, RESULTS, describe_machine, format_seconds, git, short_name, summarize, verdict
+
+from cupyflash import attention
+from cupyflash.backends import emulated
+from cupyflash.plan.device import DEVICES
+
+Report: TypeAlias = dict[str, Any]
+
+CALLS, QUICK_CALLS = 200, 50  # of one sample
+SAMPLES, QUICK_SAMPLES = 40, 5
+NOT_IN_IT = "what CuPy takes for its arrays' attributes, for allocation and for the launch is not in these figures"
+
+
+# --- a CuPy that costs nothing ---------------------------------------------------------------------------
+
+
+class Device:
+    """The one device, current always."""
+
+    id = 0
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+
+DEVICE = Device()
+
+
+class Array:
+    """A contiguous array without memory.  Its attributes are ready."""
+
+    __slots__ = ("data", "device", "dtype", "flags", "itemsize", "ndim", "shape", "size", "strides")
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        like = np.lib.stride_tricks.as_strided(np.empty((), dtype), shape, strides_of(shape, np.dtype(dtype).itemsize))
+        for name in ("dtype", "flags", "itemsize", "ndim", "shape", "size", "strides"):
+            setattr(self, name, getattr(like, name))
+        self.data = types.SimpleNamespace(ptr=1 << 20)
+        self.device = DEVICE
+
+
+def strides_of(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    return tuple(itemsize * int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
+
+
+def install() -> None:
+    """Put the stand-in into sys.modules as cupy: an H200 whose kernels do nothing."""
+    spec = DEVICES["H200"]
+    properties = {
+        "name": spec.name.encode(),
+        "major": spec.cc[0],
+        "minor": spec.cc[1],
+        "multiProcessorCount": spec.sms,
+        "sharedMemPerBlockOptin": spec.smem_per_block,
+        "sharedMemPerMultiprocessor": spec.smem_per_sm,
+        "l2CacheSize": spec.l2,
+    }
+    made: dict[tuple[Any, ...], Array] = {}
+
+    def empty(shape: tuple[int, ...], dtype: Any) -> Array:
+        if (shape, dtype) not in made:
+            made[shape, dtype] = Array(shape, dtype)
+        return made[shape, dtype]
+
+    cupy: Any = types.ModuleType("cupy")
+    cupy.ndarray, cupy.empty = Array, empty
+    cupy.may_share_memory = lambda a, b: False
+    cupy.cuda = types.SimpleNamespace(runtime=types.SimpleNamespace(getDeviceProperties=lambda device_id: properties))
+    cupy.RawModule = lambda path: types.SimpleNamespace(get_function=lambda name: NullKernel())
+    sys.modules["cupy"] = cupy
+
+
+class NullKernel:
+    """A kernel whose launch does nothing."""
+
+    max_dynamic_shared_size_bytes = 0
+
+    def __call__(self, grid: Any, block: Any, args: Any, *, shared_mem: int = 0, options: Any = None) -> None:
+        pass
+
+
+# --- rows ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Attributes
+    ----------
+    name : unique; `--cases` chooses by it
+    calls : the keyword arguments of one call after the other, without end
+    target_seconds : the most that a call may take
+    emulated : on NumPy arrays, through the emulator's path
+    """
+
+    name: str
+    calls: Callable[[Callable[..., Any]], Iterator[dict[str, Any]]]
+    target_seconds: float | None = None
+    emulated: bool = False
+
+
+def same(make: Callable[..., Any]) -> Iterator[dict[str, Any]]:
+    """The same prefill again."""
+    arrays = operands(make, (2, 16, 2048, 128), (2, 16, 2048, 128))
+    while True:
+        yield {**arrays, "is_causal": True}
+
+
+def decode(out: bool = False, **options: Any) -> Callable[[Callable[..., Any]], Iterator[dict[str, Any]]]:
+    """One token after another: 32 query heads share 8 key heads, and there is one key more at each call."""
+
+    def calls(make: Callable[..., Any]) -> Iterator[dict[str, Any]]:
+        seqlen_k = 1000
+        while True:
+            seqlen_k += 1
+            arrays = operands(make, (4, 32, 1, 128), (4, 8, seqlen_k, 128))
+            if out:
+                arrays["out"] = make((4, 32, 1, 128), np.dtype(np.float16))
+            yield {**arrays, "is_causal": True, "align": "bottom_right", "enable_gqa": True, **options}
+
+    return calls
+
+
+def prefill(make: Callable[..., Any]) -> Iterator[dict[str, Any]]:
+    """Prompts of different lengths."""
+    length = 500
+    while True:
+        length += 1
+        yield {**operands(make, (1, 16, length, 128), (1, 16, length, 128)), "is_causal": True}
+
+
+def operands(make: Callable[..., Any], query: tuple[int, ...], key: tuple[int, ...]) -> dict[str, Any]:
+    dtype = np.dtype(np.float16)
+    return {"query": make(query, dtype), "key": make(key, dtype), "value": make(key, dtype)}
+
+
+ROWS = (
+    Row("same call again", same, 15e-6),
+    Row("decode, S + 1 each call", decode(), 15e-6),
+    Row("decode, S + 1 each call, out= and lse", decode(out=True, return_lse=True)),
+    Row("prefill, another L each call", prefill),
+    Row("emulator's path: same call again", same, emulated=True),
+    Row("emulator's path: decode, S + 1 each call", decode(), emulated=True),
+)
+FIRST_CALLS = {"first call, kernel compiled": 1.0, "first call, kernel on disk": 50e-3}
+
+
+def measure(row: Row, calls: int, samples: int) -> Report:
+    """Return one row of the report."""
+    backend = "emulator" if row.emulated else "cuda"
+    arguments = row.calls(np.empty if row.emulated else Array)
+    for _ in range(20):
+        attention(**next(arguments), backend=backend)
+    seconds = []
+    for _ in range(samples):
+        sample = [{**next(arguments), "backend": backend} for _ in range(calls)]
+        started = time.perf_counter()
+        for keywords in sample:
+            attention(**keywords)
+        seconds.append((time.perf_counter() - started) / calls)
+    return {"name": row.name, "seconds": summarize(seconds), "target_seconds": row.target_seconds}
+
+
+def measure_first_calls(names: Sequence[str]) -> list[Report]:
+    """The first call of a process that finds nothing, and of the next one, which finds a compiled kernel."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, target in FIRST_CALLS.items():
+            told = subprocess.check_output(
+                [sys.executable, __file__, "--worker"], env={**os.environ, "CUPYFLASH_CACHE": folder}, text=True
+            )
+            if name in names:
+                rows.append({"name": name, "seconds": summarize([float(told)]), "target_seconds": target})
+    return rows
+
+
+def first_call() -> float:
+    install()
+    arguments = next(decode()(Array))
+    started = time.perf_counter()
+    attention(**arguments)
+    return time.perf_counter() - started
+
+
+def describe_row(row: Report) -> str:
+    """One line: time with its target, and the median."""
+    ours, target = row["seconds"], row["target_seconds"]
+    judged = f" ({verdict(target, ours['min'])} {format_seconds(target)})" if target else ""
+    return f"{row['name']:<44}{format_seconds(ours['min']):>9}{judged} … {format_seconds(ours['median'])} median"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the Python time of a call on CuPy arrays, without a GPU.")
+    parser.add_argument("--cases", default="*", metavar="GLOB", help="rows whose name matches")
+    parser.add_argument("--quick", action="store_true", help="fewer calls and samples")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="where the results go")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        print(first_call())
+        return
+
+    names = [row.name for row in ROWS] + list(FIRST_CALLS)
+    chosen = [name for name in names if fnmatch(name, given.cases)]
+    if not chosen:
+        parser.error(f"--cases {given.cases}: matches none of {names}")
+    machine = describe_machine()
+    report: Report = {
+        "machine": machine,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "benchmarks/bench_overhead.py", *sys.argv[1:]]),
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--", "cupyflash", "benchmarks", ":!benchmarks/results")),
+        "results": [],
+    }
+    print(f"Python time of a call with kernels that do nothing; {NOT_IN_IT}")
+    if machine["load_average"] and machine["load_average"] > BUSY_LOAD:
+        print(f"the machine is busy (load average {machine['load_average']:.2f}): do not publish these figures")
+    install()
+    emulated._kernel = lambda spec: NullKernel()  # type: ignore[assignment]  # nothing is compiled or run
+    calls, samples = (QUICK_CALLS, QUICK_SAMPLES) if given.quick else (CALLS, SAMPLES)
+    for row in ROWS:
+        if row.name in chosen:
+            report["results"].append(measure(row, calls, samples))
+            print(describe_row(report["results"][-1]))
+    if any(name in chosen for name in FIRST_CALLS):
+        for measured in measure_first_calls(chosen):
+            report["results"].append(measured)
+            print(describe_row(measured))
+
+    out = given.out
+    if out is None and chosen == names and not given.quick:
+        out = RESULTS / f"overhead-{short_name(machine)}.json"
+    if out is None:
+        print("not written: --out was not given, and this was not a complete run")
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"written: {out}")
+
+
+if __name__ == "__main__":
+    main()
