@@ -189,7 +189,7 @@ FIRST_CALLS = {"first call, kernel compiled": 1.0, "first call, kernel on disk":
 
 def measure(row: Row, calls: int, samples: int) -> Report:
     """Return one row of the report."""
-    backend = "emulator" if row.emulated else "cuda"
+    backend = "emulator" if row.emulated else None
     arguments = row.calls(np.empty if row.emulated else Array)
     for _ in range(20):
         attention(**next(arguments), backend=backend)

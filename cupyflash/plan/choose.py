@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..errors import Unsupported
+from ..hashing import hash_once
 from ..problem.dtypes import dtype_named
 from ..problem.problem import Problem
 from .device import DeviceSpec
@@ -55,6 +56,7 @@ _FEATURES = (_FULL, _CAUSAL, _WINDOW, _ANY_SCALE) = (
 )
 
 
+@hash_once
 @dataclass(frozen=True)
 class Selector:
     """What selects a kernel."""

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..hashing import hash_once
+
 __all__ = ["DEVICES", "EMULATOR", "DeviceSpec"]
 
 
+@hash_once
 @dataclass(frozen=True)
 class DeviceSpec:
     """A GPU in numbers.  Sizes are in bytes.

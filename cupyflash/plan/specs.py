@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+from ..hashing import hash_once
 from ..problem.dtypes import dtype_named
 from .tiles import FAMILIES, TileConfig
 
@@ -12,6 +14,7 @@ __all__ = ["CombineSpec", "Features", "FwdSpec", "KernelSpec", "Launch", "Plan"]
 _SHORT_NAMES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 
 
+@hash_once
 @dataclass(frozen=True)
 class Features:
     """What a forward kernel does beyond softmax(Q Kᵀ) V; compiled in, since each is work in the inner loop.
@@ -34,6 +37,7 @@ class Features:
         return "+".join(filter(None, named))
 
 
+@hash_once
 @dataclass(frozen=True)
 class FwdSpec:
     """What is compiled into a forward kernel.  Its str is module name, test id and benchmark row.
@@ -83,6 +87,7 @@ class FwdSpec:
         return "-".join(filter(None, parts))
 
 
+@hash_once
 @dataclass(frozen=True)
 class CombineSpec:
     """The kernel that joins the partial results of a split launch: one warp for each row of the output.
@@ -107,6 +112,7 @@ class CombineSpec:
 KernelSpec = FwdSpec | CombineSpec
 
 
+@hash_once
 @dataclass(frozen=True)
 class Launch:
     """One kernel launch: everything but the parameters."""
@@ -128,6 +134,7 @@ class Launch:
         return f"{self.spec} grid={self.grid[0]} block={self.block[0]} shared={self.shared_bytes}"
 
 
+@hash_once
 @dataclass(frozen=True)
 class Plan:
     """Launches in the order in which they run; none where there is nothing to compute.

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..hashing import hash_once
 from .device import DeviceSpec
 
 __all__ = ["FAMILIES", "HEAD_DIMS", "TILES", "Family", "TileConfig", "TileRow", "rows_for"]
 
 
+@hash_once
 @dataclass(frozen=True)
 class TileConfig:
     """The part of the score matrix that a block works on at a time: block_m rows of queries by block_n keys."""

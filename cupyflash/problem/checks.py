@@ -65,11 +65,14 @@ def check_precision(precision: str) -> str:
     return precision
 
 
-def array_like_query(name: str, array: Any, library: str) -> Any:
-    """Return the array without a subclass around it, or raise a TypeError if it is not of query's library."""
-    if type(array) is np.ndarray and library == "numpy":
+def array_like_query(name: str, array: Any, query: Any) -> Any:
+    """Return the array without a subclass around it, or raise a TypeError if it is not of query's library.
+
+    query is plain already.
+    """
+    if type(array) is type(query):
         return array
-    found = library_of(name, array)
+    library, found = library_of("query", query), library_of(name, array)
     if found != library:
         raise TypeError(
             f"{name} must be a {_LIBRARY_NAMES[library]} array like query, but was a {_LIBRARY_NAMES[found]} array"
@@ -106,19 +109,19 @@ def _named(array: Any) -> str:
     return dtype.name if dtype.isnative else f"{dtype.name} in non-native byte order ({dtype.str})"
 
 
-def split_mask(attn_mask: Any, library: str, dtype: DType) -> tuple[Any, Any]:
+def split_mask(attn_mask: Any, query: Any, dtype: DType) -> tuple[Any, Any]:
     """attn_mask as (float mask or None, bool mask or None)."""
     if isinstance(attn_mask, tuple):
         if len(attn_mask) != 2:
             raise ValueError(f"attn_mask as a tuple must be (float_mask, bool_mask), but had {len(attn_mask)} items")
-        float_mask, bool_mask = (array_like_query(f"attn_mask[{i}]", attn_mask[i], library) for i in range(2))
+        float_mask, bool_mask = (array_like_query(f"attn_mask[{i}]", attn_mask[i], query) for i in range(2))
         if bool_mask.dtype != bool or float_mask.dtype == bool:
             raise TypeError(
                 f"attn_mask as a tuple must be (float_mask, bool_mask), but was ({float_mask.dtype}, {bool_mask.dtype})"
             )
         _check_float_mask("attn_mask[0]", float_mask, dtype)
         return float_mask, bool_mask
-    mask = array_like_query("attn_mask", attn_mask, library)
+    mask = array_like_query("attn_mask", attn_mask, query)
     if mask.dtype == bool:
         return None, mask
     _check_float_mask("attn_mask", mask, dtype)
@@ -133,9 +136,9 @@ def _check_float_mask(name: str, mask: Any, dtype: DType) -> None:
     raise TypeError(f"{name} must be bool or {allowed} in native byte order, but was {_named(mask)}{hint}")
 
 
-def check_seed_array(seed: Any, library: str) -> Any:
+def check_seed_array(seed: Any, query: Any) -> Any:
     if not isinstance(seed, np.generic) and hasattr(seed, "dtype"):
-        seed = array_like_query("seed", seed, library)
+        seed = array_like_query("seed", seed, query)
     return check_seed(seed)
 
 
@@ -180,15 +183,16 @@ def check_softcap(softcap: Any) -> float:
 
 
 def check_devices(query: Any, *others: Any) -> None:
+    device = query.device
     for array in others:
-        if array is not None and array.device != query.device:
-            raise ValueError(f"all arrays must be on query's device {query.device}, but one was on {array.device}")
+        if array is not None and array.device != device:
+            raise ValueError(f"all arrays must be on query's device {device}, but one was on {array.device}")
 
 
-def check_out(out: Any, shape: tuple[int, ...], dtype: Any, library: str, inputs: dict[str, Any], xp: Any) -> None:
-    plain = array_like_query("out", out, library)
-    if plain.dtype != dtype:
-        raise TypeError(f"out must have query's dtype {dtype}, but was {plain.dtype}")
+def check_out(out: Any, shape: tuple[int, ...], query: Any, inputs: dict[str, Any], xp: Any) -> None:
+    plain = array_like_query("out", out, query)
+    if plain.dtype != query.dtype:
+        raise TypeError(f"out must have query's dtype {query.dtype}, but was {plain.dtype}")
     if plain.shape != shape:
         raise ValueError(f"out must have shape {shape}, but had shape {plain.shape}")
     if not getattr(plain.flags, "writeable", True):

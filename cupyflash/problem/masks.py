@@ -22,12 +22,15 @@ from typing import Any
 
 import numpy as np
 
+from ..hashing import hash_once
+
 __all__ = ["Band", "band", "check_align", "check_window"]
 
 # Shifts beyond the index range of the kernels (int32) are refused, so that no backend has to widen.
 _MAX_SHIFT = 2**31
 
 
+@hash_once
 @dataclass(frozen=True)
 class Band:
     """Key j takes part for query i iff lower <= j - i <= upper; None is unbounded."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -33,11 +34,11 @@ from .checks import (
     split_mask,
 )
 from .dtypes import DTYPES
-from .masks import band, check_align, check_window
+from .masks import Band, band, check_align, check_window
 from .mods import MaskMod, ScoreMod
 from .philox import check_dropout_p
 from .problem import Buffers, Problem
-from .shapes import lead_axes, mask_shape
+from .shapes import check_lengths, lead_axes, mask_shape
 
 __all__ = ["normalize", "restore"]
 
@@ -69,36 +70,35 @@ def normalize(
     """Validate a call and describe it.  With `value` None, `stage` says which weights are asked for instead."""
     library = library_of("query", query)
     query = plain_array(query)
-    key = array_like_query("key", key, library)
+    key = array_like_query("key", key, query)
     if value is None and stage is not None:
         value = key[..., :0] if key.ndim else key
     else:
-        value = array_like_query("value", value, library)
+        value = array_like_query("value", value, query)
     dtype = common_dtype(query, key, value)
 
-    float_mask, bool_mask = (None, None) if attn_mask is None else split_mask(attn_mask, library, dtype)
+    float_mask, bool_mask = (None, None) if attn_mask is None else split_mask(attn_mask, query, dtype)
     if alibi_slopes is not None:
-        alibi_slopes = array_like_query("alibi_slopes", alibi_slopes, library)
+        alibi_slopes = array_like_query("alibi_slopes", alibi_slopes, query)
         if alibi_slopes.dtype != np.float32:
             raise TypeError(f"alibi_slopes must be float32, but was {alibi_slopes.dtype}")
     if sinks is not None:
-        sinks = array_like_query("sinks", sinks, library)
+        sinks = array_like_query("sinks", sinks, query)
         if sinks.dtype != np.float32 and sinks.dtype != query.dtype:
             raise TypeError(f"sinks must be {dtype.name} (the query's dtype) or float32, but was {sinks.dtype}")
 
-    dropout_p = check_dropout_p(dropout_p)
-    seed = None if seed is None else check_seed_array(seed, library)
-    weights_stage = "dropout" if check_flag("return_weights", return_weights) else stage
-    check_precision(precision)
-
-    problem, shapes = _describe(
+    seed = None if seed is None else check_seed_array(seed, query)
+    query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    check_lengths(query_shape, key_shape, value_shape)
+    asked = _Asked(
         library,
         dtype.name,
-        query.shape,
-        key.shape,
-        value.shape,
-        None if float_mask is None else (float_mask.shape, DTYPES[float_mask.dtype].name),
-        None if bool_mask is None else bool_mask.shape,
+        query_shape[:-2],
+        key_shape[:-2],
+        value_shape[:-2],
+        (query_shape[-1], key_shape[-1], value_shape[-1]),
+        None if float_mask is None else DTYPES[float_mask.dtype].name,
+        bool_mask is not None,
         None if alibi_slopes is None else alibi_slopes.shape,
         None if sinks is None else sinks.shape,
         check_callable("score_mod", score_mod),
@@ -109,15 +109,25 @@ def normalize(
         None if window is None else check_window(window),
         check_align(align),
         check_softcap(softcap),
-        dropout_p,
-        precision,
+        check_dropout_p(dropout_p),
+        check_precision(precision),
         check_flag("return_lse", return_lse),
-        weights_stage,
+        "dropout" if check_flag("return_weights", return_weights) else stage,
+    )
+    described = _KNOWN.get(asked)
+    if described is None:
+        described = _describe(asked, query_shape, key_shape, value_shape)
+    problem, shapes = _with_lengths(
+        described,
+        query_shape[-2],
+        key_shape[-2],
+        None if float_mask is None else float_mask.shape,
+        None if bool_mask is None else bool_mask.shape,
     )
     xp = problem.namespace
     if library != "numpy":
         check_devices(query, key, value, float_mask, bool_mask, alibi_slopes, sinks, out)
-    if dropout_p and seed is None:
+    if seed is None and problem.dropout_p:
         seed = int(np.random.randint(0, 2**64, dtype=np.uint64))  # noqa: NPY002, so that np.random.seed decides
     if out is not None:
         inputs = {
@@ -129,13 +139,13 @@ def normalize(
             "alibi_slopes": alibi_slopes,
             "sinks": sinks,
         }
-        check_out(out, shapes.returned, query.dtype, library, inputs, xp)
+        check_out(out, shapes.returned, query, inputs, xp)
 
     returned = xp.empty(shapes.returned, query.dtype) if out is None else out
     canonical_out = plain_array(returned)
     if not problem.has_head_axis:
         canonical_out = canonical_out[None]
-    accumulator = dtype.accumulator
+    accumulator, weights_stage = dtype.accumulator, problem.weights_stage
     buffers = Buffers(
         query=_broadcast(query, shapes.query, xp),
         key=_broadcast(key, shapes.key, xp),
@@ -166,7 +176,100 @@ def restore(problem: Problem, buffers: Buffers) -> Any:
     return results[0] if len(results) == 1 else tuple(results)
 
 
-# --- shapes: pure functions of the arguments' shapes, remembered from call to call ---------------------------------
+# --- what was asked, remembered from call to call -------------------------------------------------------------------
+#
+# In two steps, so that a call of other lengths than before finds most of its description made: all that does not depend
+# on lengths, then the lengths.
+
+
+class _Asked(NamedTuple):
+    """A call without its arrays, and without lengths."""
+
+    library: str
+    dtype: str
+    query_lead: tuple[int, ...]
+    key_lead: tuple[int, ...]
+    value_lead: tuple[int, ...]
+    head_dims: tuple[int, int, int]  # query's, key's, value's
+    float_mask_dtype: str | None
+    has_bool_mask: bool
+    alibi_slopes: tuple[int, ...] | None
+    sinks: tuple[int, ...] | None
+    has_score_mod: bool
+    has_mask_mod: bool
+    is_causal: bool
+    scale: float | None
+    enable_gqa: bool
+    window: tuple[int | None, int | None] | None
+    align: str | int
+    softcap: float
+    dropout_p: float
+    precision: str
+    return_lse: bool
+    weights_stage: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Described:
+    """What follows from `asked`, whatever the lengths."""
+
+    asked: _Asked
+    problem: Problem  # but for its lengths, band and shift
+    lead: tuple[int, ...]  # leading axes of the output
+    score_lead: tuple[int, ...]  # and of the scores
+
+
+_KNOWN: dict[_Asked, _Described] = {}
+_MOST_KNOWN = 512
+
+
+def _describe(asked: _Asked, query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) -> _Described:
+    """Check how the shapes meet.  They are those of the arrays, for the words of an error."""
+    lead, score_lead, heads = lead_axes(query, key, value, asked.enable_gqa)
+    num_heads_q, num_heads_k, num_heads_v = heads
+    batch = lead[:-1]
+    head_dim, _, head_dim_v = asked.head_dims
+    slopes, sinks = asked.alibi_slopes, asked.sinks
+    if slopes is not None and slopes not in ((num_heads_q,), (math.prod(batch), num_heads_q)):
+        raise ValueError(
+            f"alibi_slopes must have shape {(num_heads_q,)} or {(math.prod(batch), num_heads_q)} "
+            f"([batch,] query heads), but had shape {slopes}"
+        )
+    if sinks is not None and sinks != (num_heads_q,):
+        raise ValueError(f"sinks must have shape {(num_heads_q,)} (query heads), but had shape {sinks}")
+
+    scale = asked.scale
+    problem = Problem(
+        library=asked.library,
+        dtype=asked.dtype,
+        batch_shape=batch,
+        has_head_axis=bool(lead),
+        num_heads_q=num_heads_q,
+        num_heads_k=num_heads_k,
+        num_heads_v=num_heads_v,
+        seqlen_q=0,
+        seqlen_k=0,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        scale=scale if scale is not None else 1.0 / math.sqrt(head_dim) if head_dim else 1.0,
+        band=Band(),
+        shift=0,
+        softcap=asked.softcap,
+        has_score_mod=asked.has_score_mod,
+        has_mask_mod=asked.has_mask_mod,
+        float_mask_dtype=asked.float_mask_dtype,
+        has_bool_mask=asked.has_bool_mask,
+        has_alibi=slopes is not None,
+        has_sinks=sinks is not None,
+        dropout_p=asked.dropout_p,
+        precision=asked.precision,
+        return_lse=asked.return_lse,
+        weights_stage=asked.weights_stage,
+    )
+    if len(_KNOWN) >= _MOST_KNOWN:
+        _KNOWN.clear()
+    described = _KNOWN[asked] = _Described(asked, problem, lead, score_lead)
+    return described
 
 
 class _Shapes(NamedTuple):
@@ -181,81 +284,27 @@ class _Shapes(NamedTuple):
 
 
 @lru_cache(maxsize=512)
-def _describe(
-    library: str,
-    dtype: str,
-    query: tuple[int, ...],
-    key: tuple[int, ...],
-    value: tuple[int, ...],
-    float_mask: tuple[tuple[int, ...], str] | None,
+def _with_lengths(
+    described: _Described,
+    seqlen_q: int,
+    seqlen_k: int,
+    float_mask: tuple[int, ...] | None,
     bool_mask: tuple[int, ...] | None,
-    alibi_slopes: tuple[int, ...] | None,
-    sinks: tuple[int, ...] | None,
-    has_score_mod: bool,
-    has_mask_mod: bool,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    window: tuple[int | None, int | None] | None,
-    align: str | int,
-    softcap: float,
-    dropout_p: float,
-    precision: str,
-    return_lse: bool,
-    weights_stage: str | None,
 ) -> tuple[Problem, _Shapes]:
-    lead, score_lead, heads = lead_axes(query, key, value, enable_gqa)
-    num_heads_q, num_heads_k, num_heads_v = heads
-    (seqlen_q, head_dim), (seqlen_k, head_dim_v) = query[-2:], value[-2:]
-    batch = lead[:-1]
-    scores = (*score_lead, seqlen_q, seqlen_k)
-    rank = len(batch) + 3
-
-    if alibi_slopes is not None and alibi_slopes not in ((num_heads_q,), (math.prod(batch), num_heads_q)):
-        raise ValueError(
-            f"alibi_slopes must have shape {(num_heads_q,)} or {(math.prod(batch), num_heads_q)} "
-            f"([batch,] query heads), but had shape {alibi_slopes}"
-        )
-    if sinks is not None and sinks != (num_heads_q,):
-        raise ValueError(f"sinks must have shape {(num_heads_q,)} (query heads), but had shape {sinks}")
-
-    diagonals, shift = band(is_causal, window, align, seqlen_q, seqlen_k)
-    problem = Problem(
-        library=library,
-        dtype=dtype,
-        batch_shape=batch,
-        has_head_axis=bool(lead),
-        num_heads_q=num_heads_q,
-        num_heads_k=num_heads_k,
-        num_heads_v=num_heads_v,
-        seqlen_q=seqlen_q,
-        seqlen_k=seqlen_k,
-        head_dim=head_dim,
-        head_dim_v=head_dim_v,
-        scale=scale if scale is not None else 1.0 / math.sqrt(head_dim) if head_dim else 1.0,
-        band=diagonals,
-        shift=shift,
-        softcap=softcap,
-        has_score_mod=has_score_mod,
-        has_mask_mod=has_mask_mod,
-        float_mask_dtype=float_mask[1] if float_mask else None,
-        has_bool_mask=bool_mask is not None,
-        has_alibi=alibi_slopes is not None,
-        has_sinks=sinks is not None,
-        dropout_p=dropout_p,
-        precision=precision,
-        return_lse=return_lse,
-        weights_stage=weights_stage,
-    )
+    asked, problem = described.asked, described.problem
+    diagonals, shift = band(asked.is_causal, asked.window, asked.align, seqlen_q, seqlen_k)
+    problem = problem.with_lengths(seqlen_q, seqlen_k, diagonals, shift)
+    batch, num_heads_q, head_dim_v = problem.batch_shape, problem.num_heads_q, problem.head_dim_v
+    scores, rank = (*described.score_lead, seqlen_q, seqlen_k), len(batch) + 3
     shapes = _Shapes(
-        query=(*batch, num_heads_q, seqlen_q, head_dim),
-        key=(*batch, num_heads_k, seqlen_k, head_dim),
-        value=(*batch, num_heads_v, seqlen_k, head_dim_v),
-        out=(*batch, num_heads_q, seqlen_q, head_dim_v),
-        weights=(*batch, num_heads_q, seqlen_q, seqlen_k),
-        returned=(*lead, seqlen_q, head_dim_v),
-        float_mask=mask_shape(float_mask[0], scores, rank) if float_mask else (),
-        bool_mask=mask_shape(bool_mask, scores, rank) if bool_mask is not None else (),
+        (*batch, num_heads_q, seqlen_q, problem.head_dim),
+        (*batch, problem.num_heads_k, seqlen_k, problem.head_dim),
+        (*batch, problem.num_heads_v, seqlen_k, head_dim_v),
+        (*batch, num_heads_q, seqlen_q, head_dim_v),
+        (*batch, num_heads_q, seqlen_q, seqlen_k),
+        (*described.lead, seqlen_q, head_dim_v),
+        () if float_mask is None else mask_shape(float_mask, scores, rank),
+        () if bool_mask is None else mask_shape(bool_mask, scores, rank),
     )
     return problem, shapes
 

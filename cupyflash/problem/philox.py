@@ -179,7 +179,7 @@ def dropout_threshold(dropout_p: float) -> int:
 
 def check_dropout_p(dropout_p: Any) -> float:
     """Return `dropout_p` as a float; TypeError if it is not a number, ValueError if it is not in [0, 1]."""
-    if isinstance(dropout_p, (bool, np.bool_)) or not isinstance(dropout_p, Real):
+    if type(dropout_p) is not float and (isinstance(dropout_p, (bool, np.bool_)) or not isinstance(dropout_p, Real)):
         raise TypeError(f"dropout_p must be a number in [0, 1], but was {_described(dropout_p)}")
     probability = float(dropout_p)
     if not 0 <= probability <= 1:  # NaN comes here too

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..hashing import hash_once
 from .dtypes import DType, dtype_named
 from .masks import Band
 from .mods import MaskMod, ScoreMod
@@ -20,6 +21,7 @@ __all__ = ["STAGES", "Buffers", "Problem"]
 STAGES = ("raw", "modded", "capped", "biased", "softmax")
 
 
+@hash_once
 @dataclass(frozen=True)
 class Problem:
     """One attention call without its arrays: hashable, printable, enough to decide who can run it and how."""
@@ -50,12 +52,17 @@ class Problem:
     return_lse: bool
     weights_stage: str | None  # one of STAGES, "dropout" for return_weights, None for no L×S array
 
-    def __hash__(self) -> int:
-        return self._hash
+    def with_lengths(self, seqlen_q: int, seqlen_k: int, band: Band, shift: int) -> Problem:
+        """The same problem of other lengths: what `dataclasses.replace` gives, in a fifth of its time.
 
-    @cached_property
-    def _hash(self) -> int:
-        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+        Nothing that is kept beside the fields depends on lengths, but for the hash.
+        """
+        other = object.__new__(Problem)
+        kept = other.__dict__
+        kept.update(self.__dict__)
+        kept.pop("_hash", None)
+        kept["seqlen_q"], kept["seqlen_k"], kept["band"], kept["shift"] = seqlen_q, seqlen_k, band, shift
+        return other
 
     @cached_property
     def element(self) -> DType:

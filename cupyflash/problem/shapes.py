@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["check_shape", "is_int", "join", "joinable_axes", "lead_axes", "mask_shape"]
+__all__ = ["check_lengths", "check_shape", "is_int", "join", "joinable_axes", "lead_axes", "mask_shape"]
 
 Shape = tuple[int, ...]
 
@@ -26,14 +26,20 @@ def lead_axes(query: Shape, key: Shape, value: Shape, enable_gqa: bool) -> tuple
         A shape of less than two axes, head dims or lengths that differ, leading axes that don't broadcast, and with
         enable_gqa a missing head axis or heads that don't divide the query's.
     """
-    for name, shape in (("query", query), ("key", key), ("value", value)):
-        if len(shape) < 2:
-            raise ValueError(f"{name} must have at least 2 dimensions (length, head dim), but had shape {shape}")
+    check_lengths(query, key, value)
     if key[-1] != query[-1]:
         raise ValueError(f"key must have query's head dim {query[-1]} as its last axis, but had shape {key}")
+    return (_gqa_lead if enable_gqa else _broadcast_lead)(query, key, value)
+
+
+def check_lengths(query: Shape, key: Shape, value: Shape) -> None:
+    """Raise a ValueError for a shape without a length, or if key and value differ in theirs."""
+    if min(len(query), len(key), len(value)) < 2:
+        for name, shape in (("query", query), ("key", key), ("value", value)):
+            if len(shape) < 2:
+                raise ValueError(f"{name} must have at least 2 dimensions (length, head dim), but had shape {shape}")
     if value[-2] != key[-2]:
         raise ValueError(f"value must have key's length {key[-2]} as its axis -2, but had shape {value}")
-    return (_gqa_lead if enable_gqa else _broadcast_lead)(query, key, value)
 
 
 def _broadcast_lead(query: Shape, key: Shape, value: Shape) -> tuple[Shape, Shape, tuple[int, int, int]]:

@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).parents[2] / "cupyflash"
 # Without the leading "cupyflash."; a folder's own __init__ goes by the folder's name, the package's by "".
 ORDER = [
     "errors",
+    "hashing",
     "problem",
     "problem.dtypes",
     "problem.masks",

@@ -1,0 +1,25 @@
+"""A hash that is computed once, for the frozen values that are keys of caches at every call."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+__all__ = ["hash_once"]
+
+_T = TypeVar("_T")
+
+
+def hash_once(cls: type[_T]) -> type[_T]:
+    """Let each instance of a frozen dataclass keep its hash, which it would compute from all fields each time."""
+    compute = cls.__hash__
+
+    def __hash__(self: _T) -> int:
+        kept = self.__dict__
+        try:
+            found: int = kept["_hash"]
+        except KeyError:
+            found = kept["_hash"] = compute(self)
+        return found
+
+    cls.__hash__ = __hash__  # type: ignore[method-assign, assignment]
+    return cls
