@@ -48,7 +48,7 @@ class CudaBackend:
             plan = choose(problem, spec)
             operands = prepare(problem, plan, buffers, _address)
             for launch, params in launches(problem, plan, operands, _address):
-                kernel = _kernel(cupy, launch.spec, spec.arch, device.id)
+                kernel = _kernel(cupy, launch.spec, spec, device.id)
                 kernel(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes)
             if operands.out is not buffers.out:
                 buffers.out[...] = operands.out
@@ -83,9 +83,9 @@ def _device_spec(cupy: Any, device_id: int) -> DeviceSpec:
 
 
 @lru_cache(maxsize=1024)
-def _kernel(cupy: Any, spec: KernelSpec, arch: str, device_id: int) -> Any:
+def _kernel(cupy: Any, spec: KernelSpec, device: DeviceSpec, device_id: int) -> Any:
     """The kernel on the current device, loaded, with leave to use its shared memory: both are per device."""
-    binary = compile_cubin(render_kernel(spec), arch, default_cache())
+    binary = compile_cubin(render_kernel(spec), device.arch, default_cache())
     kernel = cupy.RawModule(path=str(binary.path)).get_function(entry_of(spec))
     kernel.max_dynamic_shared_size_bytes = spec.shared_bytes
     return kernel

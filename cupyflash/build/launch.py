@@ -18,7 +18,7 @@ from ..errors import Unsupported
 from ..plan.specs import CombineSpec, FwdSpec, KernelSpec, Launch, Plan
 from ..problem.problem import Buffers, Problem
 from ..problem.shapes import join, joinable_axes
-from .params import BATCH_AXES, COMBINE_PARAMS, FWD_PARAMS, TENSOR, layout_checks
+from .params import BATCH_AXES, COMBINE_PARAMS, FWD_PARAMS, TENSOR, layout_checks, pack_combine, pack_forward
 from .source import ConfigValue, KernelSource, render
 
 __all__ = ["Operands", "entry_of", "launches", "prepare", "render_kernel"]
@@ -81,8 +81,11 @@ def prepare(problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[A
     """
     xp = problem.namespace
 
+    # Strides of less than an element would leave the kernels' strides, which count elements, with a remainder.
+    alignment = max(plan.row_alignment, problem.element.storage.itemsize)
+
     def fitting(array: Any, copy: Callable[[Any, Any], Any]) -> Any:
-        return array if _rows_fit(array, plan.row_alignment, address) else copy(array, xp)
+        return array if _rows_fit(array, alignment, address) else copy(array, xp)
 
     partial_out = partial_lse = None
     if plan.num_splits > 1:
@@ -118,13 +121,13 @@ def launches(
 
 
 def _forward_params(problem: Problem, plan: Plan, operands: Operands, address: Callable[[Any], int]) -> np.void:
-    arrays = (operands.query, operands.key, operands.value, operands.out)
-    shape, tensors = _tensors(problem, arrays, address)
-    block = (
+    shape, tensors = _tensors(problem, operands[:4], address)
+    band = problem.band
+    return pack_forward(
         *tensors,
-        *_addresses(address, operands.lse, operands.partial_out, operands.partial_lse),
+        *_addresses(operands, address),
         problem.scale,
-        shape,
+        *shape,
         problem.batch_size,
         problem.num_heads_q,
         problem.num_heads_q // problem.num_heads_k,
@@ -136,46 +139,47 @@ def _forward_params(problem: Problem, plan: Plan, operands: Operands, address: C
         problem.head_dim_v,
         plan.num_splits,
         # The kernel may look at a bound that the band lacks: then at one that removes nothing.
-        -problem.seqlen_q if problem.band.lower is None else problem.band.lower,
-        problem.seqlen_k if problem.band.upper is None else problem.band.upper,
+        -problem.seqlen_q if band.lower is None else band.lower,
+        problem.seqlen_k if band.upper is None else band.upper,
     )
-    params: np.void = np.array([block], FWD_PARAMS)[0]
-    return params
 
 
 def _combine_params(problem: Problem, plan: Plan, operands: Operands, address: Callable[[Any], int]) -> np.void:
     shape, tensors = _tensors(problem, (operands.out,), address)
-    block = (
+    return pack_combine(
         *tensors,
-        *_addresses(address, operands.lse, operands.partial_out, operands.partial_lse),
-        shape,
+        *_addresses(operands, address),
+        *shape,
         problem.batch_size,
         problem.num_heads_q,
         problem.seqlen_q,
         problem.head_dim_v,
         plan.num_splits,
     )
-    params: np.void = np.array([block], COMBINE_PARAMS)[0]
-    return params
 
 
-def _addresses(address: Callable[[Any], int], *arrays: Any) -> tuple[int, ...]:
-    return tuple([0 if array is None else address(array) for array in arrays])
+def _addresses(operands: Operands, address: Callable[[Any], int]) -> list[int]:
+    """Of lse and the partial results; 0 for what is not there."""
+    return [0 if array is None else address(array) for array in operands[4:]]
 
 
 def _tensors(
     problem: Problem, arrays: tuple[Any, ...], address: Callable[[Any], int]
-) -> tuple[tuple[int, ...], list[tuple[Any, ...]]]:
-    """The batch's joined axes, and for each array (*batch, head, row, element) the fields of a Tensor."""
-    rank = len(problem.batch_shape)
+) -> tuple[tuple[int, ...], list[int]]:
+    """The batch's joined axes, and the numbers of a Tensor for each array (*batch, head, row, element)."""
     itemsize = problem.element.storage.itemsize
-    all_strides = tuple([array.strides[:rank] for array in arrays])
-    shape, batch_strides = _batch_axes(problem.batch_shape, all_strides, itemsize)
-    tensors = []
-    for array, strides in zip(arrays, batch_strides, strict=True):
-        outer = _without_unit_axes(array.shape[rank:-1], array.strides[rank:-1])
-        tensors.append((address(array), strides, *_in_elements(outer, itemsize)))
-    return shape, tensors
+    all_strides = [array.strides for array in arrays]
+    shape, batch_strides = _batch_axes(problem.batch_shape, tuple([strides[:-3] for strides in all_strides]), itemsize)
+    numbers = []
+    for array, outer, strides in zip(arrays, batch_strides, all_strides, strict=True):
+        num_heads, num_rows, _ = array.shape[-3:]
+        numbers += [
+            address(array),
+            *outer,
+            strides[-3] // itemsize if num_heads != 1 else 0,
+            strides[-2] // itemsize if num_rows != 1 else 0,
+        ]
+    return shape, numbers
 
 
 @lru_cache(maxsize=512)
@@ -210,13 +214,18 @@ def _in_elements(strides: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 
 
 def _rows_fit(array: Any, alignment: int, address: Callable[[Any], int]) -> bool:
-    if array.size == 0:  # nothing is read
+    return _layout_fits(array.shape, array.strides, array.itemsize, alignment) and (
+        address(array) % alignment == 0 or array.size == 0
+    )
+
+
+@lru_cache(maxsize=2048)
+def _layout_fits(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, alignment: int) -> bool:
+    if 0 in shape:  # nothing is read
         return True
-    *outer, element = array.strides
-    # Strides of less than an element would leave the kernels' strides, which count elements, with a remainder.
-    alignment = max(alignment, array.itemsize)
-    aligned = all(stride % alignment == 0 for stride in _without_unit_axes(array.shape[:-1], tuple(outer)))
-    return (element == array.itemsize or array.shape[-1] == 1) and aligned and address(array) % alignment == 0
+    if strides[-1] != itemsize and shape[-1] != 1:
+        return False
+    return not any(stride % alignment for n, stride in zip(shape[:-1], strides, strict=False) if n != 1)
 
 
 def _copy(array: Any, xp: Any) -> Any:

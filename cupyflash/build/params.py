@@ -6,9 +6,13 @@ source, an assertion for every field, so that a drift between the two is a compi
 
 from __future__ import annotations
 
+import math
+import struct
+from collections.abc import Callable
+
 import numpy as np
 
-__all__ = ["BATCH_AXES", "COMBINE_PARAMS", "FWD_PARAMS", "TENSOR", "layout_checks"]
+__all__ = ["BATCH_AXES", "COMBINE_PARAMS", "FWD_PARAMS", "TENSOR", "layout_checks", "pack_combine", "pack_forward"]
 
 #: Batch axes that a kernel carries.
 BATCH_AXES = 4
@@ -76,3 +80,34 @@ def layout_checks(structure: str, dtype: np.dtype[np.void]) -> str:
         size = f"sizeof({structure}::{name}) == {field.itemsize}"
         lines.append(f'static_assert({where} && {size}, "{structure}.{name} lies elsewhere in Python");')
     return "\n".join(lines) + "\n"
+
+
+def _packer(structure: np.dtype[np.void]) -> Callable[..., np.void]:
+    """A function from all the numbers of a block, in the order of its fields and their elements, to the block.
+
+    It gives what ``np.array([nested tuples], structure)[0]`` does, in a quarter of the time.
+    """
+    to_bytes = struct.Struct("=" + _format(structure)).pack
+
+    def pack(*numbers: float) -> np.void:
+        block: np.void = np.frombuffer(to_bytes(*numbers), structure)[0]
+        return block
+
+    return pack
+
+
+def _format(structure: np.dtype[np.void]) -> str:
+    """The structure in the language of `struct`, with its padding."""
+    assert structure.fields is not None
+    text, end = "", 0
+    for field, offset, *_ in structure.fields.values():
+        base, shape = field.subdtype or (field, ())
+        code = _format(base) if base.fields else _CODES[base.str[1:]]
+        text += f"{offset - end}x" + code * math.prod(shape)
+        end = offset + field.itemsize
+    return text + f"{structure.itemsize - end}x"
+
+
+_CODES = {"u8": "Q", "i8": "q", "i4": "i", "f8": "d"}
+
+pack_forward, pack_combine = _packer(FWD_PARAMS), _packer(COMBINE_PARAMS)

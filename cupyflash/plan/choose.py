@@ -1,7 +1,7 @@
 """The choice of kernels: candidates → reasons against them → the choice.
 
 `choose` turns a `Problem` into a `Plan`.  Which kernel it names depends on the `Selector` alone, not on exact lengths,
-so that a loop over growing keys finds it again: see `choose_spec`.
+and nothing but the number of splits hangs on S, so that a loop over growing keys finds all the rest again.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from ..errors import Unsupported
 from ..hashing import hash_once
 from ..problem.dtypes import dtype_named
+from ..problem.masks import Band
 from ..problem.problem import Problem
 from .device import DeviceSpec
 from .specs import CombineSpec, Features, FwdSpec, Launch, Plan
@@ -22,6 +25,7 @@ from .tiles import FAMILIES, TILES, TileConfig, TileRow, rows_for
 
 __all__ = [
     "Candidate",
+    "Rows",
     "Selector",
     "blocks_per_sm",
     "candidates",
@@ -43,6 +47,7 @@ _FOLDED_SCALES = (2.0**-64, 2.0**64)
 
 # The heights of the tiles by which packing and the number of blocks are judged, before a tile is chosen.
 _NARROWEST, _WIDEST = 64, 128
+_ROW_STEP = 16  # rows of a selector are counted in these
 # Where there are as few tiles of keys, dividing them costs more than it gains; and more parts than these, too.
 _MIN_KEY_TILES, _MAX_SPLITS = 4, 128
 
@@ -56,6 +61,13 @@ _FEATURES = (_FULL, _CAUSAL, _WINDOW, _ANY_SCALE) = (
 )
 
 
+class Rows(NamedTuple):
+    """The rows of queries that tiles have to hold, as far as they select a tile."""
+
+    height: int  # of one head, or of the heads that share a tile; up to the tallest tile
+    fills_device: bool  # the tallest tile makes at least one block for each SM
+
+
 @hash_once
 @dataclass(frozen=True)
 class Selector:
@@ -65,47 +77,70 @@ class Selector:
     head_dim: int
     head_dim_v: int
     features: Features
-    packed: bool
-    fills_device: bool  # the widest tile makes at least one block for each SM
+    rows: Rows  # where a tile holds queries of one head
+    packed_rows: Rows | None  # where it holds all heads that share a key head; None where that does not pay
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kernel that holds the problem's dtype and head dims, and what is against it."""
+    """A kernel that holds the problem's dtype and head dims.
+
+    Parameters
+    ----------
+    spec : FwdSpec
+    reasons : tuple of str
+        Why it can't run on the device; empty if it can.
+    behind : str
+        Why another one that can run is preferred; empty for the choice.
+    """
 
     spec: FwdSpec
     reasons: tuple[str, ...]
+    behind: str = ""
+
+
+# What of a problem is refused whatever its lengths: dtype, head dims and precision, then what is in `_OPTIONAL`.
+_OPTIONAL = {
+    "float_mask_dtype": "float mask",
+    "has_bool_mask": "bool mask",
+    "has_score_mod": "score_mod",
+    "has_mask_mod": "mask_mod",
+    "softcap": "softcap",
+    "has_alibi": "alibi_slopes",
+    "has_sinks": "sinks",
+    "dropout_p": "dropout",
+    "weights_stage": "weights",
+}
+_asked_of = attrgetter("dtype", "head_dim", "head_dim_v", "precision", *_OPTIONAL)
 
 
 def refusals(problem: Problem) -> list[str]:
     """What the problem asks and no kernel does on any device, one sentence each; empty if some kernel can run it."""
-    reasons = []
-    dtypes = sorted({dtype for row in TILES for dtype in row.dtypes})
-    if problem.dtype not in dtypes:
-        reasons.append(f"it has no {problem.dtype}, only {', '.join(dtypes)}")
-    elif not rows_for(problem.dtype, problem.head_dim, problem.head_dim_v, _ANY_DEVICE):
-        held = ", ".join(sorted({f"{row.head_dim}" for row in TILES if problem.dtype in row.dtypes}, key=int))
-        reasons.append(f"it has the head dims {held}, but E was {problem.head_dim} and Ev was {problem.head_dim_v}")
-    for name, asked in (
-        ("float mask", problem.float_mask_dtype),
-        ("bool mask", problem.has_bool_mask),
-        ("score_mod", problem.has_score_mod),
-        ("mask_mod", problem.has_mask_mod),
-        ("softcap", problem.softcap),
-        ("alibi_slopes", problem.has_alibi),
-        ("sinks", problem.has_sinks),
-        ("dropout", problem.dropout_p),
-        (f"precision {problem.precision!r}", problem.precision != "ieee"),
-        ("weights", problem.weights_stage),
-    ):
-        if asked:
-            reasons.append(f"it has no {name}")
-    for name, length in (("L", problem.seqlen_q), ("S", problem.seqlen_k)):
+    reasons = list(_refused(_asked_of(problem)))
+    seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
+    for name, length in (("L", seqlen_q), ("S", seqlen_k)):
         if length > _MAX_LENGTH:
             reasons.append(f"it takes lengths up to {_MAX_LENGTH}, but {name} was {length}")
-    if _num_tiles(problem, min(tile.block_m for row in TILES for tile in row.tiles), 1) > _MAX_BLOCKS:
+    # At one row a tile: no tile makes more blocks.
+    if problem.batch_size * problem.num_heads_q * seqlen_q > _MAX_BLOCKS and _most_tiles(problem) > _MAX_BLOCKS:
         reasons.append(f"it takes up to {_MAX_BLOCKS} tiles of queries, and these are more")
     return reasons
+
+
+@lru_cache(maxsize=512)
+def _refused(asked: tuple[Any, ...]) -> tuple[str, ...]:
+    dtype, head_dim, head_dim_v, precision, *optional = asked
+    reasons = []
+    dtypes = sorted({dtype for row in TILES for dtype in row.dtypes})
+    if dtype not in dtypes:
+        reasons.append(f"it has no {dtype}, only {', '.join(dtypes)}")
+    elif not rows_for(dtype, head_dim, head_dim_v, _ANY_DEVICE):
+        held = ", ".join(sorted({f"{row.head_dim}" for row in TILES if dtype in row.dtypes}, key=int))
+        reasons.append(f"it has the head dims {held}, but E was {head_dim} and Ev was {head_dim_v}")
+    if precision != "ieee":
+        reasons.append(f"it has no precision {precision!r}")
+    reasons += [f"it has no {name}" for name, given in zip(_OPTIONAL.values(), optional, strict=True) if given]
+    return tuple(reasons)
 
 
 def choose(problem: Problem, device: DeviceSpec) -> Plan:
@@ -116,40 +151,109 @@ def choose(problem: Problem, device: DeviceSpec) -> Plan:
     Unsupported
         No kernel runs on the device; with a reason for each candidate.
     """
-    if 0 in (problem.batch_size, problem.num_heads_q, problem.seqlen_q):
-        return Plan(())
-    selector = selector_of(problem, device)
+    band = problem.band
+    queries = _queries(
+        problem.dtype,
+        problem.head_dim,
+        problem.head_dim_v,
+        _features(problem.scale, band),
+        problem.batch_size,
+        (problem.num_heads_q, problem.num_heads_k, problem.num_heads_v),
+        problem.seqlen_q,
+        device,
+    )
+    if queries is None:
+        return _NOTHING
+    if not queries.splits:
+        return _plan(queries, 1)
+    num_key_tiles = math.ceil(_keys_of_a_tile(problem, queries.queries_of_a_tile) / queries.spec.tile.block_n)
+    return _plan(queries, num_splits(queries.num_tiles, num_key_tiles, queries.slots))
+
+
+class _Queries(NamedTuple):
+    """What is settled by all but the keys."""
+
+    spec: FwdSpec
+    pack: int
+    num_tiles: int
+    num_rows: int
+    queries_of_a_tile: int
+    splits: bool
+    slots: int  # blocks that the device runs at once
+
+
+_NOTHING = Plan(())
+
+
+@lru_cache(maxsize=4096)
+def _queries(
+    dtype: str,
+    head_dim: int,
+    head_dim_v: int,
+    features: Features,
+    batch_size: int,
+    num_heads: tuple[int, int, int],
+    seqlen_q: int,
+    device: DeviceSpec,
+) -> _Queries | None:
+    """The kernel and its tiles of queries; None where there is nothing to compute."""
+    num_rows = batch_size * num_heads[0] * seqlen_q
+    if num_rows == 0:
+        return None
+    selector = _selector(dtype, head_dim, head_dim_v, features, batch_size, num_heads, seqlen_q, device)
     spec = choose_spec(selector, device)
-    pack = pack_of(problem) if spec.packed else 1
-    num_tiles = _num_tiles(problem, spec.tile.block_m, pack)
-    splits = 1
-    if FAMILIES[spec.family].splits:
-        splits = num_splits(
-            num_tiles, _num_key_tiles(problem, spec.tile, pack), device.sms * blocks_per_sm(spec, device)
-        )
+    pack = pack_of(num_heads, seqlen_q) if spec.packed else 1
+    num_tiles = _num_tiles(batch_size * num_heads[0], seqlen_q, spec.tile.block_m, pack)
+    slots = device.sms * blocks_per_sm(spec, device)
+    at_once = math.ceil(spec.tile.block_m / pack)
+    return _Queries(spec, pack, num_tiles, num_rows, at_once, FAMILIES[spec.family].splits, slots)
+
+
+@lru_cache(maxsize=4096)
+def _plan(queries: _Queries, splits: int) -> Plan:
+    spec, pack, num_tiles = queries.spec, queries.pack, queries.num_tiles
     row_alignment = FAMILIES[spec.family].row_alignment(dtype_named(spec.dtype).storage.itemsize)
     if splits == 1:
         return Plan((Launch(spec, (num_tiles,)),), 1, pack, row_alignment)
     combine = CombineSpec(spec.dtype)
-    num_rows = problem.batch_size * problem.num_heads_q * problem.seqlen_q
     launches = (
         Launch(replace(spec, split=True), (num_tiles * splits,)),
-        Launch(combine, (math.ceil(num_rows / combine.rows_per_block),)),
+        Launch(combine, (math.ceil(queries.num_rows / combine.rows_per_block),)),
     )
     return Plan(launches, splits, pack, row_alignment)
 
 
 def selector_of(problem: Problem, device: DeviceSpec) -> Selector:
     """What of the problem selects a kernel."""
-    pack = pack_of(problem)
-    return Selector(
-        dtype=problem.dtype,
-        head_dim=problem.head_dim,
-        head_dim_v=problem.head_dim_v,
-        features=_features(problem),
-        packed=pack > 1,
-        fills_device=_num_tiles(problem, _WIDEST, pack) >= device.sms,
+    return _selector(
+        problem.dtype,
+        problem.head_dim,
+        problem.head_dim_v,
+        _features(problem.scale, problem.band),
+        problem.batch_size,
+        (problem.num_heads_q, problem.num_heads_k, problem.num_heads_v),
+        problem.seqlen_q,
+        device,
     )
+
+
+def _selector(
+    dtype: str,
+    head_dim: int,
+    head_dim_v: int,
+    features: Features,
+    batch_size: int,
+    num_heads: tuple[int, int, int],
+    seqlen_q: int,
+    device: DeviceSpec,
+) -> Selector:
+    def rows_in_packs_of(pack: int) -> Rows:
+        height = min(_WIDEST, math.ceil(seqlen_q * pack / _ROW_STEP) * _ROW_STEP)
+        return Rows(height, _num_tiles(batch_size * num_heads[0], seqlen_q, _WIDEST, pack) >= device.sms)
+
+    pack = pack_of(num_heads, seqlen_q)
+    packed_rows = rows_in_packs_of(pack) if pack > 1 else None
+    return Selector(dtype, head_dim, head_dim_v, features, rows_in_packs_of(1), packed_rows)
 
 
 @lru_cache(maxsize=512)
@@ -173,31 +277,79 @@ def choose_spec(selector: Selector, device: DeviceSpec) -> FwdSpec:
 
 def candidates(selector: Selector, device: DeviceSpec) -> list[Candidate]:
     """Every kernel that holds the dtype and head dims, best first, with what is against it on that device."""
-    found = []
     itemsize = dtype_named(selector.dtype).storage.itemsize
+    found: list[Candidate] = []
+    chosen: tuple[TileRow, TileConfig] | None = None
     for row in rows_for(selector.dtype, selector.head_dim, selector.head_dim_v, device.cc):
-        # Best first; where the best would leave SMs idle, the one that makes the most blocks.
-        tiles = row.tiles if selector.fills_device else sorted(row.tiles, key=lambda tile: tile.block_m)
-        for tile in tiles:
-            found.append(Candidate(_spec(row, tile, selector), tuple(row.reasons(tile, itemsize, device))))
+        rows = _rows_of(row, selector)
+        for tile in sorted(row.tiles, key=lambda tile: _cost(tile, rows)):
+            reasons = tuple(row.reasons(tile, itemsize, device))
+            behind = ""
+            if not reasons and chosen is None:
+                chosen = row, tile
+            elif not reasons and chosen is not None:
+                behind = _why_behind(row, tile, *chosen, rows)
+            found.append(Candidate(_spec(row, tile, selector), reasons, behind))
     return found
+
+
+def _rows_of(row: TileRow, selector: Selector) -> Rows:
+    packed = selector.packed_rows if FAMILIES[row.family].packs else None
+    return selector.rows if packed is None else packed
+
+
+def _padded(tile: TileConfig, rows: Rows) -> int:
+    """The rows that tiles of that height make of those that there are."""
+    return math.ceil(rows.height / tile.block_m) * tile.block_m
+
+
+def _cost(tile: TileConfig, rows: Rows) -> tuple[int, int]:
+    """By which tiles of a row are ordered, before their order in the table.
+
+    First the rows that are computed for nothing; then, where the tallest tile would leave SMs idle, the one that makes
+    the most blocks.
+    """
+    return _padded(tile, rows), 0 if rows.fills_device else tile.block_m
+
+
+def _why_behind(row: TileRow, tile: TileConfig, best_row: TileRow, best: TileConfig, rows: Rows) -> str:
+    if row.family != best_row.family:
+        return f"{best_row.family} is preferred to {row.family}"
+    if row != best_row:
+        return (
+            f"it pads the head dims to {row.head_dim} and {row.head_dim_v}, {best_row.head_dim} and "
+            f"{best_row.head_dim_v} hold them too"
+        )
+    if _padded(tile, rows) > _padded(best, rows):
+        return f"tile {tile} pads the rows to {_padded(tile, rows)}, {best} to {_padded(best, rows)}"
+    if _cost(tile, rows) > _cost(best, rows):
+        return f"tile {tile} would leave SMs idle, {best} makes more blocks"
+    if tile.block_m < best.block_m:
+        return f"tile {tile} would read keys and values more often than {best}"
+    return f"tile {best} stands before {tile} in the table"
 
 
 def _spec(row: TileRow, tile: TileConfig, selector: Selector) -> FwdSpec:
     baseline = min(80, 10 * row.since[0] + row.since[1])
     dims = (row.head_dim, row.head_dim_v)
-    packed = selector.packed and FAMILIES[row.family].packs
+    packed = selector.packed_rows is not None and FAMILIES[row.family].packs
     return FwdSpec(row.family, selector.dtype, *dims, tile, selector.features, packed, baseline=baseline)
 
 
-def pack_of(problem: Problem) -> int:
+def pack_of(num_heads: tuple[int, int, int], seqlen_q: int) -> int:
     """How many query heads one tile should hold: those that share a key and a value head, or one.
 
     Packing pays where it leaves fewer of a tile's rows empty, by more than a tenth (FlashAttention-3's rule).
+
+    Parameters
+    ----------
+    num_heads : (int, int, int)
+        Of query, key and value.
+    seqlen_q : int
     """
-    group = math.gcd(problem.num_heads_q // problem.num_heads_k, problem.num_heads_q // problem.num_heads_v)
-    rows = problem.seqlen_q
-    return group if _used(rows, _NARROWEST) < 0.9 * _used(rows * group, _NARROWEST) else 1
+    num_heads_q, num_heads_k, num_heads_v = num_heads
+    group = math.gcd(num_heads_q // num_heads_k, num_heads_q // num_heads_v)
+    return group if _used(seqlen_q, _NARROWEST) < 0.9 * _used(seqlen_q * group, _NARROWEST) else 1
 
 
 def _used(rows: int, block_m: int) -> float:
@@ -251,31 +403,37 @@ def every_spec() -> Iterator[FwdSpec | CombineSpec]:
             (False, True) if family.splits else (False,),
         )
         for tile, dtype, features, packed, split in choices:
-            selector = Selector(dtype, row.head_dim, row.head_dim_v, features, packed, True)
+            rows = Rows(tile.block_m, True)
+            selector = Selector(dtype, row.head_dim, row.head_dim_v, features, rows, rows if packed else None)
             found[replace(_spec(row, tile, selector), split=split)] = None
             if split:
                 found[CombineSpec(dtype)] = None
     yield from found
 
 
-def _features(problem: Problem) -> Features:
-    if not _FOLDED_SCALES[0] <= problem.scale <= _FOLDED_SCALES[1]:
+def _features(scale: float, band: Band) -> Features:
+    if not _FOLDED_SCALES[0] <= scale <= _FOLDED_SCALES[1]:
         return _ANY_SCALE
-    if problem.band.lower is not None:
+    if band.lower is not None:
         return _WINDOW
-    return _FULL if problem.band.upper is None else _CAUSAL
+    return _FULL if band.upper is None else _CAUSAL
 
 
-def _num_tiles(problem: Problem, block_m: int, pack: int) -> int:
-    """Tiles of queries; a tile's rows are those of `pack` heads."""
-    heads = problem.batch_size * problem.num_heads_q // pack
-    return math.ceil(problem.seqlen_q * pack / block_m) * heads
+def _num_tiles(num_heads: int, seqlen_q: int, block_m: int, pack: int) -> int:
+    """Tiles of queries of all heads of the batch; a tile's rows are those of `pack` heads."""
+    return math.ceil(seqlen_q * pack / block_m) * (num_heads // pack)
 
 
-def _num_key_tiles(problem: Problem, tile: TileConfig, pack: int) -> int:
-    """Tiles of keys that a tile of queries meets, at most."""
-    keys, band = problem.seqlen_k, problem.band
-    if band.lower is not None and band.upper is not None:
-        queries = math.ceil(tile.block_m / pack)
-        keys = min(keys, band.upper - band.lower + queries)
-    return math.ceil(keys / tile.block_n)
+def _most_tiles(problem: Problem) -> int:
+    lowest = min(tile.block_m for row in TILES for tile in row.tiles)
+    return _num_tiles(problem.batch_size * problem.num_heads_q, problem.seqlen_q, lowest, 1)
+
+
+def _keys_of_a_tile(problem: Problem, queries: int) -> int:
+    """How many keys a tile of so many queries sees, at most."""
+    lower, upper = problem.band.lower, problem.band.upper
+    start = 0 if lower is None else max(0, lower)
+    stop = problem.seqlen_k if upper is None else min(problem.seqlen_k, problem.seqlen_q + upper)
+    if lower is not None and upper is not None:
+        stop = min(stop, start + upper - lower + queries)
+    return max(0, stop - start)

@@ -69,7 +69,7 @@ class FwdSpec:
     split: bool = False
     baseline: int = 80
 
-    @property
+    @cached_property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         itemsize = dtype_named(self.dtype).storage.itemsize
@@ -120,7 +120,7 @@ class Launch:
     spec: KernelSpec
     grid: tuple[int]
 
-    @property
+    @cached_property
     def block(self) -> tuple[int]:
         """Threads of a block."""
         return (self.spec.num_threads,)
