@@ -53,6 +53,7 @@ def _constants(spec: KernelSpec) -> dict[str, ConfigValue]:
         "kBlockM": spec.tile.block_m,
         "kBlockN": spec.tile.block_n,
         "kNumWarps": spec.tile.num_warps,
+        "kQInRegisters": spec.tile.q_in_registers,
         "kSharedBytes": spec.shared_bytes,
         "kHasLower": spec.features.has_lower,
         "kHasUpper": spec.features.has_upper,
