@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -9,10 +12,21 @@ import numpy as np
 import pytest
 
 import cupyflash
-from cupyflash.plan.choose import choose, choose_spec, every_spec, refusals
+from cupyflash.plan import choose as choosing
+from cupyflash.plan.choose import (
+    blocks_per_sm,
+    candidates,
+    choose,
+    choose_spec,
+    every_spec,
+    num_splits,
+    pack_of,
+    refusals,
+    selector_of,
+)
 from cupyflash.plan.device import DEVICES, EMULATOR, DeviceSpec
-from cupyflash.plan.specs import Plan
-from cupyflash.plan.tiles import TILES, TileConfig, TileRow, rows_for
+from cupyflash.plan.specs import CombineSpec, FwdSpec, Plan
+from cupyflash.plan.tiles import FAMILIES, TILES, TileConfig, TileRow, rows_for
 from cupyflash.problem.masks import Band
 from cupyflash.problem.normalize import normalize
 from cupyflash.problem.problem import Problem
@@ -70,9 +84,182 @@ def test_nothing_to_compute_is_no_launch(empty: dict[str, int]) -> None:
 
 def test_a_loop_over_growing_keys_chooses_once() -> None:
     choose_spec.cache_clear()
-    for seqlen_k in range(1000, 1100):
-        choose(problem(seqlen_q=1, seqlen_k=seqlen_k), H200)
+    plans = {id(choose(problem(seqlen_q=1, seqlen_k=seqlen_k), H200)) for seqlen_k in range(1000, 1100)}
     assert choose_spec.cache_info().misses == 1
+    assert len(plans) == 1  # and the plan is the same object
+    for seqlen_q in range(1000, 1100):
+        choose(problem(seqlen_q=seqlen_q, seqlen_k=seqlen_q), H200)
+    assert choose_spec.cache_info().misses == 2
+
+
+@pytest.mark.parametrize(("seqlen_q", "height"), [(1, 64), (64, 64), (65, 128), (100, 128), (128, 128), (1000, 128)])
+def test_a_tile_is_no_taller_than_its_rows_need(seqlen_q: int, height: int) -> None:
+    (launch,) = choose(problem(batch=64, seqlen_q=seqlen_q), H200).launches
+    assert launch.spec.tile.block_m == height
+
+
+def test_candidates_say_why_not() -> None:
+    def why(device: DeviceSpec = H200, **changes: Any) -> list[tuple[str, tuple[str, ...], str]]:
+        found = candidates(selector_of(problem(**changes), device), device)
+        return [(str(candidate.spec.tile), candidate.reasons, candidate.behind) for candidate in found]
+
+    assert why() == [
+        ("m128n64w8", (), ""),
+        ("m64n64w4", (), "tile m64n64w4 would read keys and values more often than m128n64w8"),
+    ]
+    assert (
+        why(batch=1, heads=8, seqlen_q=512)[1][2] == "tile m128n64w8 would leave SMs idle, m64n64w4 makes more blocks"
+    )
+    assert why(seqlen_q=1)[1][2] == "tile m128n64w8 pads the rows to 128, m64n64w4 to 64"
+    tiny = replace(H200, name="tiny", smem_per_block=32 << 10)
+    assert [behind for _, _, behind in why(tiny)] == ["", ""]
+    assert all("tiny has 32768 per block" in reasons[0] for _, reasons, _ in why(tiny))
+
+
+def test_a_row_of_another_family_or_of_more_padding_stands_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    wider = TileRow("fwd_sm80", ("float16",), 128, 256, (8, 0), (TileConfig(64, 64, 4),))
+    slower = replace(wider, family="slow", head_dim_v=128)
+    monkeypatch.setitem(FAMILIES, "slow", FAMILIES["fwd_sm80"])
+    monkeypatch.setattr("cupyflash.plan.choose.rows_for", lambda *_: [TILES[1], wider, slower])
+    found = candidates(selector_of(problem(), H200), H200)
+    assert [candidate.behind for candidate in found[2:]] == [
+        "it pads the head dims to 128 and 256, 128 and 128 hold them too",
+        "fwd_sm80 is preferred to slow",
+    ]
+
+
+# --- packing and splits: as if the family had them -----------------------------------------------------------------
+
+
+@pytest.fixture
+def splits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """fwd_sm80 packs and splits, and runs on a T4 too."""
+    monkeypatch.setitem(FAMILIES, "fwd_sm80", replace(FAMILIES["fwd_sm80"], packs=True, splits=True))
+    monkeypatch.setattr("cupyflash.plan.tiles.TILES", tuple(replace(row, since=(7, 5)) for row in TILES))
+    clear_caches()
+    yield
+    monkeypatch.undo()
+    clear_caches()
+
+
+def clear_caches() -> None:
+    for function in vars(choosing).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+
+
+def decode(batch: int, seqlen_k: int, **changes: Any) -> Problem:
+    """One token of 32 query heads that share 8 key heads."""
+    return problem(batch=batch, heads=32, seqlen_q=1, seqlen_k=seqlen_k, num_heads_k=8, num_heads_v=8, **changes)
+
+
+@pytest.mark.usefixtures("splits")
+@pytest.mark.parametrize("device", ["H200", "A100", "L4", "T4"])
+@pytest.mark.parametrize(("batch", "seqlen_k"), [(1, 4096), (1, 16384), (1, 65536), (1, 262144), (32, 4096), (8, 8192)])
+def test_decoding_fills_the_device(device: str, batch: int, seqlen_k: int) -> None:
+    spec = DEVICES[device]
+    plan = choose(decode(batch, seqlen_k), spec)
+    first = plan.launches[0]
+    assert isinstance(first.spec, FwdSpec)
+    assert (plan.pack, first.spec.packed) == (4, True)
+    assert first.grid == (8 * batch * plan.num_splits,)
+    slots = spec.sms * blocks_per_sm(first.spec, spec)
+    assert first.grid[0] >= 0.75 * slots
+    assert plan.num_splits <= seqlen_k / 64
+    assert plan == choose(decode(batch, seqlen_k), spec)
+    assert first.spec.split == (plan.num_splits > 1) == (len(plan.launches) == 2)
+
+
+@pytest.mark.usefixtures("splits")
+def test_a_short_cache_is_divided_to_the_last_tile() -> None:
+    """8 tiles of queries and 16 of keys can't make more than 128 blocks."""
+    plan = choose(decode(1, 1024), H200)
+    assert (plan.num_splits, plan.launches[0].grid) == (16, (128,))
+    combine = plan.launches[1]
+    assert isinstance(combine.spec, CombineSpec)
+    assert combine.grid[0] * combine.spec.rows_per_block == 32
+
+
+@pytest.mark.usefixtures("splits")
+def test_a_window_limits_the_splits() -> None:
+    """The band of a decoding step with window=(255, 0) has no upper bound: it would remove nothing."""
+    for seqlen_k in (1000, 100_000):
+        plan = choose(decode(1, seqlen_k, band=Band(seqlen_k - 256, None)), H200)
+        assert plan.num_splits == 1  # four tiles of keys
+        plan = choose(decode(1, seqlen_k, band=Band(seqlen_k - 512, None)), H200)
+        assert plan.num_splits == 8
+    assert choose(decode(1, 100_000, band=Band(None, 63)), H200).num_splits == 1
+    assert choose(decode(1, 100_000, band=Band(-600, 600)), H200).num_splits <= 20
+
+
+@pytest.mark.usefixtures("splits")
+def test_a_band_bounds_the_keys_of_a_tile() -> None:
+    """Against every tile of rows there is."""
+    for lower, upper, seqlen_q, seqlen_k in itertools.product(
+        (None, -30, 0, 7), (None, -5, 0, 20), (1, 9, 40), (1, 13, 50)
+    ):
+        band = Band(lower, upper)
+        one = problem(seqlen_q=seqlen_q, seqlen_k=seqlen_k, band=band)
+        for queries in (1, 4, 64):
+            widest = 0
+            for row in range(0, seqlen_q, queries):
+                start, stop = band.key_range(row, min(row + queries, seqlen_q), seqlen_k)
+                widest = max(widest, stop - start)
+            assert choosing._keys_of_a_tile(one, queries) >= widest
+
+
+@pytest.mark.usefixtures("splits")
+def test_a_prompt_is_neither_packed_nor_split() -> None:
+    plan = choose(problem(heads=32, num_heads_k=8, num_heads_v=8), H200)
+    assert (plan.pack, plan.num_splits, len(plan.launches)) == (1, 1, 1)
+
+
+@pytest.mark.usefixtures("splits")
+def test_a_growing_cache_is_divided_into_few_different_numbers_of_parts() -> None:
+    choose_spec.cache_clear()
+    found = [choose(decode(1, seqlen_k), H200).num_splits for seqlen_k in range(4000, 5000)]
+    assert choose_spec.cache_info().misses == 1
+    assert len(set(found)) < 20
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "seqlen_q", "pack"),
+    [
+        ((32, 8, 8), 1, 4),
+        ((32, 8, 16), 1, 2),  # two query heads share both
+        ((32, 1, 1), 1, 32),
+        ((32, 32, 32), 1, 1),
+        ((32, 8, 8), 64, 1),  # a tile is full already
+        ((32, 8, 8), 4096, 1),
+        ((32, 8, 8), 33, 4),
+    ],
+)
+def test_heads_in_a_tile(num_heads: tuple[int, int, int], seqlen_q: int, pack: int) -> None:
+    assert pack_of(num_heads, seqlen_q) == pack
+
+
+@pytest.mark.parametrize(
+    ("num_tiles", "num_key_tiles", "slots", "splits"),
+    [
+        (264, 1000, 264, 1),
+        (212, 1000, 264, 1),  # four fifths of the device
+        (1, 4, 264, 1),  # few keys
+        (1, 5, 264, 5),
+        (1, 0, 264, 1),
+        (8, 11, 80, 6),  # 11 tiles in parts of 2; 7 to 10 parts would leave some empty
+        (1, 4096, 264, 111),  # of at most 128: 4096 tiles in parts of 37
+        (132, 1000, 264, 2),
+    ],
+)
+def test_numbers_of_parts(num_tiles: int, num_key_tiles: int, slots: int, splits: int) -> None:
+    assert num_splits(num_tiles, num_key_tiles, slots) == splits
+
+
+def test_no_part_is_empty_and_none_is_without_a_key() -> None:
+    for num_tiles, num_key_tiles, slots in itertools.product((1, 3, 8, 50), range(1, 200), (40, 116, 264)):
+        parts = num_splits(num_tiles, num_key_tiles, slots)
+        assert 1 <= parts <= num_key_tiles
+        assert math.ceil(num_key_tiles / math.ceil(num_key_tiles / parts)) == parts
 
 
 def test_a_gpu_without_kernels_is_named_with_the_way_out() -> None:
