@@ -257,9 +257,23 @@ def _copies(found: Explanation) -> list[str]:
 
 
 def _candidates(found: Explanation) -> list[str]:
-    lines = []
+    """One line each down to the choice and its like; one for all that pad the head dims more, or of another family."""
+    chosen = next(candidate.spec for candidate in found.candidates if not candidate.reasons)
+    lines: list[str] = []
+    rest: dict[str, dict[str, None]] = {}
+    reached = False
     for candidate in found.candidates:
-        lines.append(f"{candidate.spec}: {'; '.join(candidate.reasons) or candidate.behind or 'chosen'}")
+        spec = candidate.spec
+        is_like = (spec.family, spec.head_dim, spec.head_dim_v) == (chosen.family, chosen.head_dim, chosen.head_dim_v)
+        reached = reached or is_like
+        if is_like or not reached:
+            lines.append(f"{spec}: {'; '.join(candidate.reasons) or candidate.behind or 'chosen'}")
+        else:
+            dims = rest.setdefault(spec.family, {})
+            dims[f"{spec.head_dim} and {spec.head_dim_v}"] = None
+    for family, dims in rest.items():
+        why = "larger than need be" if family == chosen.family else f"{chosen.family} is preferred"
+        lines.append(f"{family} for the head dims {', '.join(dims)}: {why}")
     return lines
 
 

@@ -49,7 +49,12 @@ EXAMPLES = (
         "odd = np.zeros((1, 8, 2048, 129), np.float16)[..., 1:]\n"
         'explain(query[:, :8], odd, value.swapaxes(-1, -2).copy().swapaxes(-1, -2), device="A100")',
     ),
-    ("A GPU that is too old", 'explain(query, key, value, enable_gqa=True, device="T4")'),
+    (
+        "A GPU that is too old",
+        "import ml_dtypes\n"
+        "query, key, value = (array.astype(ml_dtypes.bfloat16) for array in (query, key, value))\n"
+        'explain(query, key, value, enable_gqa=True, device="T4")',
+    ),
     (
         "What no kernel has",
         'explain(query, key, value, enable_gqa=True, dropout_p=0.1, return_weights=True, device="H200")',
