@@ -51,7 +51,7 @@ EXAMPLES = (
     ),
     (
         "A GPU that is too old",
-        "import ml_dtypes\n"
+        "import ml_dtypes\n\n"
         "query, key, value = (array.astype(ml_dtypes.bfloat16) for array in (query, key, value))\n"
         'explain(query, key, value, enable_gqa=True, device="T4")',
     ),
