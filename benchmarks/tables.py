@@ -120,7 +120,8 @@ def overhead_caption(report: Report) -> str:
     machine = report["machine"]
     return (
         f"{machine['cpu']}, Python {machine['python']}, NumPy {machine['numpy']}; {origin(report)}. Kernels that do "
-        f"nothing, on a stand-in for CuPy: {report['not_in_it']}. Times are the least of all samples."
+        f"nothing, on a stand-in for CuPy: {report['not_in_it']}. Times are the least of all samples, taken at a load "
+        f"average of {machine['load_average'] or 0:.1f}."
     )
 
 
