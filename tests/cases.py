@@ -20,12 +20,12 @@ class Capabilities:
 
     dtypes: tuple[str, ...] = tuple(DTYPES)
     refuses: frozenset[str] = frozenset()
-    head_dims: tuple[int, ...] = ()  # for key and value alike; none named: any
+    max_head_dim: int | None = None
 
     def refused_features(self, case: Case) -> set[str]:
         features = {name for name in self.refuses if getattr(case, name)} | ({case.dtype} - set(self.dtypes))
         head_dim, head_dim_v = case.query_shape[-1], case.value_shape[-1]
-        if self.head_dims and (head_dim != head_dim_v or head_dim not in self.head_dims):
+        if self.max_head_dim is not None and max(head_dim, head_dim_v) > self.max_head_dim:
             features.add(f"head dims {head_dim} and {head_dim_v}")
         return features
 
@@ -43,7 +43,7 @@ KERNEL_BACKENDS: dict[str, Capabilities] = {
         refuses=frozenset(
             ("masks", "score_mod", "mask_mod", "softcap", "alibi_shape", "sinks", "dropout_p", "return_weights")
         ),
-        head_dims=(64, 128),
+        max_head_dim=256,
     ),
 }
 
@@ -573,6 +573,34 @@ KERNELS = (
         f"kernel-{dtype}-{values}-scores": heads(1, 1, 37, 300, 64, dtype=dtype, values=values, is_causal=is_causal)
         for dtype in ("float16", "bfloat16")
         for values, is_causal in (("rising", False), ("falling", False), ("jumping", False), ("rising", True))
+    }
+    | {
+        f"kernel-{dtype}-E-{head_dim}-Ev-{head_dim_v}": heads(
+            1, 2, 20, 70, head_dim, head_dim_v, dtype=dtype, is_causal=True, align="bottom_right"
+        )
+        for dtype, dims in (
+            ("float16", ((1, 1), (8, 3), (33, 32), (64, 129), (100, 40), (192, 128), (256, 256), (0, 5), (5, 0))),
+            ("bfloat16", ((7, 50), (96, 96), (160, 160), (190, 192), (200, 224), (128, 250), (240, 100))),
+        )
+        for head_dim, head_dim_v in dims
+    }
+    | {
+        # Few queries and many keys: heads share tiles, and blocks share keys.
+        f"kernel-decoding-{hq}-query-{hk}-key-{hv}-value-heads-{seqlen_q}-by-{seqlen_k}": Case(
+            query_shape=(2, hq, seqlen_q, 64),
+            key_shape=(2, hk, seqlen_k, 64),
+            value_shape=(2, hv, seqlen_k, 40),
+            enable_gqa=True,
+            dtype="float16",
+            **arguments,
+        )
+        for hq, hk, hv, seqlen_q, seqlen_k, arguments in (
+            (1, 1, 1, 1, 400, {}),
+            (6, 1, 1, 1, 700, {}),
+            (6, 1, 1, 3, 500, {"is_causal": True, "align": "bottom_right"}),
+            (4, 2, 1, 2, 600, {"window": (200, 100), "align": 300}),
+            (4, 2, 1, 2, 350, {"scale": -0.2}),
+        )
     }
     | {
         f"kernel-{layout}": heads(2, 3, 6, 9, 64, dtype="float16", layouts=(layout,) * 3, is_causal=True)

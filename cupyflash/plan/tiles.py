@@ -98,7 +98,7 @@ def _sm80_shared_bytes(tile: TileConfig, head_dim: int, head_dim_v: int, itemsiz
 
 FAMILIES: dict[str, Family] = {
     # Copies are of 16 bytes at a time.
-    "fwd_sm80": Family(_sm80_shared_bytes, _sm80_rules, lambda itemsize: 16, packs=True, splits=False),
+    "fwd_sm80": Family(_sm80_shared_bytes, _sm80_rules, lambda itemsize: 16, packs=True, splits=True),
 }
 
 # Eight warps fetch K and V half as often as four do; four warps make twice as many blocks, for problems that would
