@@ -91,9 +91,11 @@ def check_launches(case: Case, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(gpu.launches) == len(expected)
     for launch, (name, grid, block, params, shared_mem) in zip(gpu.launches, expected, strict=True):
         assert (launch.name, launch.grid, launch.block, launch.shared_mem) == (name, grid, block, shared_mem)
-        met = np.frombuffer(launch.params, FWD_PARAMS)[0]
-        for field in FWD_PARAMS.names or ():
-            if field == "lse":  # each call makes its own
+        met = np.frombuffer(launch.params, params.dtype)[0]
+        for field in params.dtype.names or ():
+            if field in ("partial_out", "partial_lse"):  # each call makes its own
+                assert (met[field] != 0) == (params[field] != 0)
+            elif field == "lse":
                 assert (met[field] != 0) == case.return_lse == (params[field] != 0)
             elif field in ("q", "k", "v", "out"):
                 check_tensor(met[field], params[field])
@@ -121,7 +123,7 @@ def test_pointers_are_those_of_the_arrays(gpu: Gpu, monkeypatch: pytest.MonkeyPa
     ((*_, params, _),) = emulated_launch(arguments, monkeypatch)
     (launch,) = gpu.launches
     assert launch.params == params.tobytes()
-    met = np.frombuffer(launch.params, FWD_PARAMS)[0]
+    met = np.frombuffer(launch.params, params.dtype)[0]
     for field, name in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out")):
         assert met[field]["data"] == arguments[name].ctypes.data
     assert met["q"]["row_stride"] == -64
