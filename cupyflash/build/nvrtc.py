@@ -182,15 +182,34 @@ class _Nvrtc:
 # Reading cubins and logs
 
 # An instruction is 16 bytes; the low 9 bits of the first two name it, whatever form its operands have. Read
-# off nvdisasm 13 on sm_80 to sm_90a; a test compares the counts with nvdisasm's.
+# off nvdisasm 13 on sm_75 to sm_120; a test compares the counts with nvdisasm's.
 OPCODES = {
+    # Tensor cores; matrices between shared memory and registers.
     0x03C: "HMMA",
     0x03B: "LDSM",
     0x044: "STSM",
-    0x1AE: "LDGSTS",
-    0x187: "STL",
-    0x183: "LDL",
+    # Arithmetic in float32 and float64; MUFU: exp2, log2, reciprocal; F2FP: two floats rounded to 16 bits each.
+    0x020: "FMUL",
+    0x021: "FADD",
+    0x023: "FFMA",
+    0x009: "FMNMX",
+    0x076: "FMNMX3",
+    0x028: "DMUL",
+    0x029: "DADD",
+    0x02B: "DFMA",
     0x108: "MUFU",
+    0x03E: "F2FP",
+    # Global memory, to registers and to shared memory; shared memory; local memory, which nothing should use.
+    0x181: "LDG",
+    0x186: "STG",
+    0x1AE: "LDGSTS",
+    0x184: "LDS",
+    0x188: "STS",
+    0x183: "LDL",
+    0x187: "STL",
+    # Between threads.
+    0x11D: "BAR",
+    0x189: "SHFL",
 }
 
 _SECTION = struct.Struct("<IIQQQQIIQQ")
