@@ -21,7 +21,7 @@ from cupyflash.build.cache import Cache, digest
 from cupyflash.build.source import KernelSource
 from cupyflash.errors import KernelCompileError, Unsupported
 
-__all__ = ["Binary", "Resources", "compile_cubin", "compile_ptx", "nvrtc_version", "read_cubin"]
+__all__ = ["Binary", "Resources", "compile_cubin", "compile_ptx", "nvrtc_path", "nvrtc_version", "read_cubin"]
 
 _CUBIN_OPTIONS = ("--std=c++17", "-default-device", "--ptxas-options=-v")
 _PTX_OPTIONS = ("--std=c++17", "-default-device")
@@ -87,6 +87,11 @@ def nvrtc_version() -> tuple[int, int]:
     return _nvrtc().version
 
 
+def nvrtc_path() -> str:
+    """The library's file.  Raises as `nvrtc_version`."""
+    return _nvrtc().path
+
+
 def compile_cubin(source: KernelSource, arch: str, cache: Cache) -> Binary:
     """Compiles for one architecture, or finds the result of an earlier time.
 
@@ -136,15 +141,16 @@ def _nvrtc() -> _Nvrtc:
         reason = "cuda-pathfinder is not installed"
     else:
         try:
-            return _Nvrtc(ctypes.CDLL(load_nvidia_dynamic_lib("nvrtc").abs_path))
+            path = load_nvidia_dynamic_lib("nvrtc").abs_path
+            return _Nvrtc(ctypes.CDLL(path), path)
         except DynamicLibNotFoundError:
             reason = "NVRTC is not installed"
     raise Unsupported(f"kernels cannot be compiled: {reason}; pip install 'cupyflash[nvrtc]'", {"cuda": [reason]})
 
 
 class _Nvrtc:
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
+    def __init__(self, library: ctypes.CDLL, path: str) -> None:
+        self._library, self.path = library, path
         self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
         major, minor = ctypes.c_int(), ctypes.c_int()
         self._check(library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))

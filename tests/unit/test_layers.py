@@ -60,6 +60,11 @@ ORDER = [
     "explain",
     "",
     "testing",
+    "tools",
+    "tools.kernels",
+    "tools.probe",
+    "tools.doctor",
+    "__main__",
 ]
 
 # Who may import which neighbour in backends/: tiled shares helpers, and the registry names every backend.
