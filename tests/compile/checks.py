@@ -40,7 +40,7 @@ def _tensor_core_faults(spec: FwdSpec, found: Resources) -> Iterator[str]:
     products *= 2 * (2 if spec.baseline == 75 else 1)
     # ldmatrix gives four 8 by 8 matrices: two of K's or V's operands of a product, or Q's for a step.
     loads = 2 * (steps_q_k * tile.block_n // 16 + steps_p_v * spec.head_dim_v // 16)
-    loads += steps_q_k * (1 if getattr(tile, "q_in_registers", True) else 2)
+    loads += steps_q_k * (1 if tile.q_in_registers else 2)
     for opcode, expected in (("HMMA", products), ("LDSM", loads)):
         if found.opcodes.get(opcode, 0) != expected:
             yield f"it has {found.opcodes.get(opcode, 0)} {opcode}, expected {expected}"
