@@ -24,6 +24,7 @@ from .. import __version__, attention, backends
 from ..backends import blas, pool
 from ..backends.emulated import options_from
 from ..build.cache import Cache, default_folder
+from ..build.debug import debug_level
 from ..build.source import kernels_folder
 from ..plan.tiles import TILES
 from .probe import QUESTIONS, Finding, ask
@@ -142,7 +143,7 @@ def _cache() -> Finding:
 _OURS: dict[str, Callable[[str], object]] = {
     "CUPYFLASH_BACKEND": lambda text: _one_of(text, backends()),
     "CUPYFLASH_CACHE": lambda text: None,  # the line above says whether it is usable
-    "CUPYFLASH_DEBUG": lambda text: _one_of(text, ("0", "1", "2", "3", "4")),
+    "CUPYFLASH_DEBUG": lambda text: debug_level(),
     "CUPYFLASH_EMULATOR": options_from,
     "CUPYFLASH_EMULATOR_FIBERS": lambda text: _one_of(text, ("portable",)),
     "CUPYFLASH_NUM_THREADS": lambda text: pool.num_threads(),

@@ -41,6 +41,7 @@ ORDER = [
     "build.host",
     "build.nvrtc",
     "build.launch",
+    "build.debug",
     "backends",
     "backends.pool",
     "backends.blas",
