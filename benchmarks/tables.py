@@ -115,13 +115,18 @@ def kernel_table() -> str:
                 row = found.setdefault((spec.head_dim, spec.head_dim_v), {})
                 row.setdefault(arch, {}).setdefault(spec.family, set()).add(spec.dtype)
 
-    def cell(row: dict[str, dict[str, set[str]]], arch: str) -> str:
-        families = [f"`{name}`: {', '.join(sorted(dtypes))}" for name, dtypes in row.get(arch, {}).items()]
-        return "; ".join(families) or f"none, from {next(iter(row))} on"
+    def cell(dims: tuple[int, int], arch: str) -> str:
+        row = found[dims]
+        if arch in row:
+            return "; ".join(f"`{name}`: {', '.join(sorted(dtypes))}" for name, dtypes in row[arch].items())
+        wider = [other for other in found if arch in found[other] and other[0] >= dims[0] and other[1] >= dims[1]]
+        if wider:
+            return "padded to {}, {}".format(*min(wider, key=sum))
+        return f"none, from {next(iter(row))} on"
 
     lines = [["E, Ev up to", *ARCHITECTURES], ["---"] * (1 + len(ARCHITECTURES))]
-    for (head_dim, head_dim_v), row in sorted(found.items(), key=lambda item: (item[0][0] != item[0][1], item[0])):
-        lines.append([f"{head_dim}, {head_dim_v}", *(cell(row, arch) for arch in ARCHITECTURES)])
+    for dims in sorted(found, key=lambda dims: (dims[0] != dims[1], dims)):
+        lines.append([f"{dims[0]}, {dims[1]}", *(cell(dims, arch) for arch in ARCHITECTURES)])
     # Neighbours that say the same become one column.
     columns = list(zip(*lines, strict=True))
     merged: list[list[str]] = []
