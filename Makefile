@@ -4,10 +4,10 @@ export PATH := $(dir $(shell command -v $(PYTHON))):$(PATH)
 
 KERNEL_SOURCES = $(shell find kernels_cu -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
-.PHONY: help check lint test fuzz bench gpu format
+.PHONY: help check lint test compile-all fuzz bench gpu format
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
 check: lint  ## lint and the quick tests: before every commit
 	$(PYTHON) -m pytest -q -m "not slow and not gpu"
@@ -20,6 +20,9 @@ lint:  ## formatting, ruff, mypy, clang-format (pip install -e '.[dev]')
 
 test:  ## every test that this machine can run
 	$(PYTHON) -m pytest
+
+compile-all:  ## every kernel for every architecture, with the checks of tests/compile; needs NVRTC, no GPU
+	$(PYTHON) -m tests.compile.all
 
 fuzz:  ## the property tests with many examples
 	HYPOTHESIS_PROFILE=nightly $(PYTHON) -m pytest tests/fuzz

@@ -1,4 +1,4 @@
-"""Write the README's performance tables from the results in benchmarks/results.
+"""Write the README's tables: performance from the results in benchmarks/results, kernels from the plan's tiles.
 
     python benchmarks/tables.py            rewrites README.md between its markers
     python benchmarks/tables.py --check    says whether it is up to date: exit status 0 or 1
@@ -103,6 +103,42 @@ def join_machines(
     return "\n".join(tables) or NOT_MEASURED
 
 
+def kernel_table() -> str:
+    """For each padded head dims and architecture the families that have kernels, and for which dtypes."""
+    from cupyflash.plan.specs import FwdSpec
+    from cupyflash.tools.kernels import ARCHITECTURES, device_of, specs_of
+
+    found: dict[tuple[int, int], dict[str, dict[str, set[str]]]] = {}
+    for arch in ARCHITECTURES:
+        for spec in specs_of(device_of(arch)):
+            if isinstance(spec, FwdSpec):
+                row = found.setdefault((spec.head_dim, spec.head_dim_v), {})
+                row.setdefault(arch, {}).setdefault(spec.family, set()).add(spec.dtype)
+
+    def cell(dims: tuple[int, int], arch: str) -> str:
+        row = found[dims]
+        if arch in row:
+            return "; ".join(f"`{name}`: {', '.join(sorted(dtypes))}" for name, dtypes in row[arch].items())
+        wider = [other for other in found if arch in found[other] and other[0] >= dims[0] and other[1] >= dims[1]]
+        if wider:
+            return "padded to {}, {}".format(*min(wider, key=sum))
+        return f"none, from {next(iter(row))} on"
+
+    lines = [["E, Ev up to", *ARCHITECTURES], ["---"] * (1 + len(ARCHITECTURES))]
+    for dims in sorted(found, key=lambda dims: (dims[0] != dims[1], dims)):
+        lines.append([f"{dims[0]}, {dims[1]}", *(cell(dims, arch) for arch in ARCHITECTURES)])
+    # Neighbours that say the same become one column.
+    columns = list(zip(*lines, strict=True))
+    merged: list[list[str]] = []
+    for column in columns:
+        if merged and merged[-1][1:] == list(column[1:]):
+            merged[-1][0] += f", {column[0]}"
+        else:
+            merged.append(list(column))
+    table = "\n".join(f"| {' | '.join(line)} |" for line in zip(*merged, strict=True))
+    return f"{table}\n\nOther head dims are padded to these. A dtype that a cell lacks has no kernels there.\n"
+
+
 def cpu_caption(report: Report) -> str:
     """The machine, the versions, the commit and the command."""
     machine = report["machine"]
@@ -163,6 +199,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-features": lambda: feature_table(load_reports("cpu")),
     "overhead": lambda: overhead_table(load_reports("overhead")),
     "gpu-performance": lambda: gpu_table(load_reports("gpu")),
+    "kernels": kernel_table,
 }
 
 

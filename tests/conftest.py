@@ -77,6 +77,18 @@ def cxx(require: Require) -> list[str]:
     return require("cxx", found, "none of c++, g++ and clang++ is on PATH, and CXX is not set")
 
 
+@pytest.fixture(scope="session")
+def nvrtc(require: Require) -> tuple[int, int]:
+    """The version of the compiler for GPUs."""
+    from cupyflash.build.nvrtc import nvrtc_version  # some tests run where cupyflash is not on the path yet
+    from cupyflash.errors import Unsupported
+
+    try:
+        return require("nvrtc", nvrtc_version(), "")
+    except Unsupported as error:
+        return require("nvrtc", None, str(error))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def emulated_launches(pytestconfig: pytest.Config) -> Iterator[None]:
     """Counts the kernel launches of the emulator; the run's summary names the number."""

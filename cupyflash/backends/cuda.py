@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..build.cache import default_cache
+from ..build.debug import show_launch
 from ..build.launch import entry_of, launches, prepare, render_kernel
 from ..build.nvrtc import compile_cubin, nvrtc_version
 from ..errors import Unsupported
@@ -47,6 +48,7 @@ class CudaBackend:
             plan = choose(problem, device_spec(cupy, device.id))
             operands = prepare(problem, plan, buffers, _address)
             for launch, params in launches(problem, plan, operands):
+                show_launch(launch, params, device_spec(cupy, device.id).arch)
                 kernel = _kernel(cupy, launch.spec, device.id)
                 kernel(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes)
             if operands.out is not buffers.out:

@@ -16,6 +16,7 @@ from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
+from ..build.debug import show_launch
 from ..build.host import find_compiler
 from ..build.launch import entry_of, launches, prepare, render_kernel
 from ..errors import Unsupported
@@ -48,9 +49,11 @@ class EmulatorBackend:
         """See `cupyflash.backends.registry.Backend`."""
         environment = os.environ.get(_ENVIRONMENT, "")
         options = options_from(environment)
-        plan = choose(problem, device_from(environment))
+        device = device_from(environment)
+        plan = choose(problem, device)
         operands = prepare(problem, plan, buffers, _address)
         for launch, params in launches(problem, plan, operands):
+            show_launch(launch, params, device.arch)
             kernel = _kernel(launch.spec)
             kernel(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes, options=options)
         if operands.out is not buffers.out:

@@ -21,7 +21,7 @@ from cupyflash.build.cache import Cache, digest
 from cupyflash.build.source import KernelSource
 from cupyflash.errors import KernelCompileError, Unsupported
 
-__all__ = ["Binary", "Resources", "compile_cubin", "compile_ptx", "nvrtc_version", "read_cubin"]
+__all__ = ["Binary", "Resources", "compile_cubin", "compile_ptx", "nvrtc_path", "nvrtc_version", "read_cubin"]
 
 _CUBIN_OPTIONS = ("--std=c++17", "-default-device", "--ptxas-options=-v")
 _PTX_OPTIONS = ("--std=c++17", "-default-device")
@@ -87,6 +87,11 @@ def nvrtc_version() -> tuple[int, int]:
     return _nvrtc().version
 
 
+def nvrtc_path() -> str:
+    """The library's file.  Raises as `nvrtc_version`."""
+    return _nvrtc().path
+
+
 def compile_cubin(source: KernelSource, arch: str, cache: Cache) -> Binary:
     """Compiles for one architecture, or finds the result of an earlier time.
 
@@ -136,15 +141,16 @@ def _nvrtc() -> _Nvrtc:
         reason = "cuda-pathfinder is not installed"
     else:
         try:
-            return _Nvrtc(ctypes.CDLL(load_nvidia_dynamic_lib("nvrtc").abs_path))
+            path = load_nvidia_dynamic_lib("nvrtc").abs_path
+            return _Nvrtc(ctypes.CDLL(path), path)
         except DynamicLibNotFoundError:
             reason = "NVRTC is not installed"
     raise Unsupported(f"kernels cannot be compiled: {reason}; pip install 'cupyflash[nvrtc]'", {"cuda": [reason]})
 
 
 class _Nvrtc:
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
+    def __init__(self, library: ctypes.CDLL, path: str) -> None:
+        self._library, self.path = library, path
         self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
         major, minor = ctypes.c_int(), ctypes.c_int()
         self._check(library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
@@ -182,15 +188,34 @@ class _Nvrtc:
 # Reading cubins and logs
 
 # An instruction is 16 bytes; the low 9 bits of the first two name it, whatever form its operands have. Read
-# off nvdisasm 13 on sm_80 to sm_90a; a test compares the counts with nvdisasm's.
+# off nvdisasm 13 on sm_75 to sm_120; a test compares the counts with nvdisasm's.
 OPCODES = {
+    # Tensor cores; matrices between shared memory and registers.
     0x03C: "HMMA",
     0x03B: "LDSM",
     0x044: "STSM",
-    0x1AE: "LDGSTS",
-    0x187: "STL",
-    0x183: "LDL",
+    # Arithmetic in float32 and float64; MUFU: exp2, log2, reciprocal; F2FP: two floats rounded to 16 bits each.
+    0x020: "FMUL",
+    0x021: "FADD",
+    0x023: "FFMA",
+    0x009: "FMNMX",
+    0x076: "FMNMX3",
+    0x028: "DMUL",
+    0x029: "DADD",
+    0x02B: "DFMA",
     0x108: "MUFU",
+    0x03E: "F2FP",
+    # Global memory, to registers and to shared memory; shared memory; local memory, which nothing should use.
+    0x181: "LDG",
+    0x186: "STG",
+    0x1AE: "LDGSTS",
+    0x184: "LDS",
+    0x188: "STS",
+    0x183: "LDL",
+    0x187: "STL",
+    # Between threads.
+    0x11D: "BAR",
+    0x189: "SHFL",
 }
 
 _SECTION = struct.Struct("<IIQQQQIIQQ")

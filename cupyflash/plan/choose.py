@@ -331,10 +331,9 @@ def _why_behind(row: TileRow, tile: TileConfig, best_row: TileRow, best: TileCon
 
 
 def _spec(row: TileRow, tile: TileConfig, selector: Selector) -> FwdSpec:
-    baseline = min(80, 10 * row.since[0] + row.since[1])
     dims = (row.head_dim, row.head_dim_v)
     packed = selector.packed_rows is not None and FAMILIES[row.family].packs
-    return FwdSpec(row.family, selector.dtype, *dims, tile, selector.features, packed, baseline=baseline)
+    return FwdSpec(row.family, selector.dtype, *dims, tile, selector.features, packed, baseline=row.baseline)
 
 
 def pack_of(num_heads: tuple[int, int, int], seqlen_q: int) -> int:

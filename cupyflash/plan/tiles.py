@@ -65,6 +65,11 @@ class TileRow:
     since: tuple[int, int]
     tiles: tuple[TileConfig, ...]
 
+    @property
+    def baseline(self) -> int:
+        """The oldest GPUs whose instructions its kernels use: 75 or 80."""
+        return min(80, 10 * self.since[0] + self.since[1])
+
     def reasons(self, tile: TileConfig, itemsize: int, device: DeviceSpec) -> list[str]:
         """Why the kernel can't run with this tile on that GPU; empty if it can."""
         family = FAMILIES[self.family]

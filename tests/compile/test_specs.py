@@ -1,69 +1,92 @@
-"""Every kernel that a plan may name, compiled for every architecture: no GPU needed, NVRTC is."""
+"""The kernels that a plan may name, compiled for GPUs without one: NVRTC is enough."""
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-import cupyflash
-from cupyflash.build.cache import Cache
 from cupyflash.build.launch import entry_of, render_kernel
-from cupyflash.build.nvrtc import Binary, compile_cubin, nvrtc_version
+from cupyflash.build.nvrtc import Binary, Resources
 from cupyflash.plan.choose import every_spec
-from cupyflash.plan.device import DEVICES
-from cupyflash.plan.specs import KernelSpec
-from tests.conftest import Require
+from cupyflash.plan.specs import FwdSpec
+from cupyflash.plan.tiles import FAMILIES
+from tests.compile.checks import faults
+from tests.compile.compiling import found_faults
+from tests.compile.conftest import COMPILED
+from tests.compile.selection import Pair, every_pair, representative
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-SPECS = list(every_spec())
+EVERY = every_pair()
+PAIRS = representative(EVERY)
 
 
 @pytest.fixture(scope="module")
-def cache(require: Require, tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """With everything compiled: two processes do it in half the time, threads would not."""
-    try:
-        require("nvrtc", nvrtc_version(), "")
-    except cupyflash.Unsupported as error:
-        require("nvrtc", None, str(error))
-    folder = tmp_path_factory.mktemp("cubins")
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_everything, [folder] * len(ARCHITECTURES), ARCHITECTURES))
-    return Cache(folder)
-
-
-def compile_everything(folder: Path, arch: str) -> None:
-    for spec in SPECS:
-        compiled(spec, arch, Cache(folder))
-
-
-def compiled(spec: KernelSpec, arch: str, cache: Cache) -> Binary:
-    return compile_cubin(render_kernel(spec), arch, cache)
-
-
-def test_the_architectures_are_those_of_the_known_gpus() -> None:
-    assert set(ARCHITECTURES) == {device.arch for device in DEVICES.values() if device.cc >= (8, 0)}
+def compiled(
+    nvrtc: tuple[int, int], tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> dict[Pair, list[str]]:
+    """What is wrong with each of PAIRS: two processes compile them."""
+    found = dict(zip(PAIRS, found_faults(PAIRS, tmp_path_factory.mktemp("cubins"), 2), strict=True))
+    pytestconfig.stash[COMPILED] = f"NVRTC: {len(found)} cubins of {len(EVERY)} that plans may choose"
+    return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_registers_alone_and_tensor_cores(spec: KernelSpec, arch: str, cache: Cache) -> None:
-    binary = compiled(spec, arch, cache)
-    resources = binary.resources[entry_of(spec)]
-    assert binary.notices == ()
-    assert resources.stack_bytes == resources.spill_stores == resources.spill_loads == 0
-    assert "STL" not in resources.opcodes
-    assert "LDL" not in resources.opcodes
-    assert resources.shared_bytes in (0, 1024)  # none of ours: from sm_90 on the system keeps 1 KiB
-    assert resources.registers * 32 * spec.tile.num_warps <= 65536
-    # The step is there twice, masked and not: two products each, of head_dim / 16 by block_n / 8 instructions.
-    steps, columns = spec.head_dim // 16, spec.tile.block_n // 8
-    assert resources.opcodes["HMMA"] == 2 * 2 * steps * columns
-    assert resources.opcodes["LDSM"] == 2 * 2 * steps * columns // 2 + steps
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_registers_alone_and_tensor_cores(pair: Pair, compiled: dict[Pair, list[str]]) -> None:
+    assert compiled[pair] == []
 
 
 def test_every_spec_is_another_text() -> None:
-    assert len({render_kernel(spec).text for spec in SPECS}) == len(SPECS)
+    specs = list(every_spec())
+    assert len({render_kernel(spec).text for spec in specs}) == len(specs)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The checks themselves
+
+SPEC = next(spec for spec in every_spec() if isinstance(spec, FwdSpec) and spec.head_dim == 64)
+STEPS, COLUMNS = SPEC.head_dim // 16, SPEC.tile.block_n // 8
+GOOD = Resources(168, 0, 0, 0, 1024, {"HMMA": 4 * STEPS * COLUMNS, "LDSM": 2 * STEPS * COLUMNS + STEPS})
+
+
+def faults_with(resources: Resources, notices: tuple[str, ...] = (), spec: FwdSpec = SPEC) -> list[str]:
+    return list(faults(spec, Binary(Path("x"), "", {entry_of(spec): resources}, notices)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"stack_bytes": 8}, "it has 8 bytes of stack"),
+        ({"spill_stores": 4}, "it has 4 bytes of spill stores"),
+        ({"spill_loads": 4}, "it has 4 bytes of spill loads"),
+        ({"opcodes": {**GOOD.opcodes, "STL": 1}}, "it has 1 stores to local memory"),
+        ({"opcodes": {**GOOD.opcodes, "LDL": 2}}, "it has 2 loads from local memory"),
+        ({"shared_bytes": 2048}, "it has 2048 bytes of static shared memory"),
+        ({"registers": 65536 // SPEC.num_threads + 1}, "registers do not fit on an SM"),
+        ({"opcodes": {**GOOD.opcodes, "HMMA": 1}}, "it has 1 HMMA, expected 128"),
+        ({"opcodes": {"HMMA": GOOD.opcodes["HMMA"]}}, "it has 0 LDSM, expected 68"),
+    ],
+)
+def test_faults_are_found(changes: dict[str, object], fault: str) -> None:
+    assert faults_with(GOOD) == []
+    (found,) = faults_with(replace(GOOD, **changes))
+    assert fault in found
+
+
+def test_notices_are_faults() -> None:
+    assert faults_with(GOOD, ("serialised",)) == ["the compiler said: serialised"]
+
+
+def test_sm75_takes_twice_as_many_products() -> None:
+    turing = replace(SPEC, baseline=75)
+    assert faults_with(GOOD, spec=turing) == ["it has 128 HMMA, expected 256"]
+
+
+def test_a_kernel_that_is_refused_is_a_fault(nvrtc: tuple[int, int], tmp_path: Path) -> None:
+    ((fault,),) = found_faults([Pair(SPEC, "sm_1")], tmp_path, 1)
+    assert "NVRTC could not compile" in fault
+
+
+def test_families_are_known_to_the_checks() -> None:
+    assert {pair.spec.family for pair in EVERY} <= {*FAMILIES, "combine"}

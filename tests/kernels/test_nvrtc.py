@@ -38,6 +38,28 @@ extern "C" __global__ void __launch_bounds__(1024) spilled(u32* x) {
 }
 """
 
+# What the probes lack: arithmetic in float64, maxima of three, loads and stores of every kind.
+ARITHMETIC = r"""
+extern "C" __global__ void arithmetic(float* floats, double* doubles, int n) {
+  __shared__ float shared[256];
+  const int i = threadIdx.x;
+  float a = floats[i], b = floats[i + 32], c = floats[i + 64];
+  double x = doubles[i], y = doubles[i + 32], z = doubles[i + 64];
+  shared[i] = a;
+  __syncthreads();
+  for (int j = 0; j < n; ++j) {
+    a = a * b + shared[j];
+    b = fmaxf(fmaxf(a, b), c) + exp2f(c);
+    c = (c + a) * b;
+    x = x * y + z;
+    y = x * y;
+    z = z + y;
+  }
+  floats[i] = fminf(a, __shfl_xor_sync(~0u, c, 1));
+  doubles[i] = x + y + z;
+}
+"""
+
 
 def probes():
     return source_of((HERE / "probes.cu").read_text(encoding="utf-8"), "probes.cu")
@@ -52,8 +74,8 @@ def test_probes(tmp_path, arch):
         assert 4 <= resources.registers <= 64, name
         assert resources.stack_bytes == resources.spill_stores == resources.spill_loads == 0, name
     assert binary.resources["probe_mma_f16"].opcodes["HMMA"] == 1
-    assert binary.resources["probe_ldmatrix"].opcodes == {"LDSM": 6}
-    assert binary.resources["probe_cp_async"].opcodes == {"LDGSTS": 1}
+    assert binary.resources["probe_ldmatrix"].opcodes["LDSM"] == 6
+    assert binary.resources["probe_cp_async"].opcodes["LDGSTS"] == 1
 
 
 def test_local_memory_is_seen(tmp_path):
@@ -108,10 +130,23 @@ def nvdisasm():
     return found
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a"])
+OF_SM80 = {"HMMA", "LDSM", "LDGSTS", "F2FP", "LDL", "STL"}  # in the probes, which sm_75 can't all run
+
+
+def sources_for(arch):
+    yield source_of(ARITHMETIC)
+    if arch != "sm_75":
+        yield probes()
+        yield source_of(SPILL)
+    if arch == "sm_90a":
+        yield source_of((HERE / "probes_sm90.cu").read_text(encoding="utf-8"), "probes_sm90.cu")
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"])
 def test_opcodes_agree_with_nvdisasm(tmp_path, arch, require):
     program = require("nvrtc", nvdisasm(), "nvdisasm is not installed")
-    for source in (probes(), source_of(SPILL)):
+    seen = set()
+    for source in sources_for(arch):
         binary = compile_cubin(source, arch, Cache(tmp_path))
         run = subprocess.run([program, "-c", str(binary.path)], capture_output=True, text=True, check=True)
         for part in re.split(r"\n\s*\.section\s+\.text\.", run.stdout)[1:]:
@@ -121,3 +156,6 @@ def test_opcodes_agree_with_nvdisasm(tmp_path, arch, require):
             counted = collections.Counter(word for word in words if word in OPCODES.values())
             assert len(words) > 4
             assert counted == binary.resources[name[0]].opcodes
+            seen.update(counted)
+    lacking = {"sm_75": OF_SM80 | {"STSM", "FMNMX3"}, "sm_90a": {"FMNMX3"}, "sm_100": {"STSM"}}
+    assert set(OPCODES.values()) - seen == lacking.get(arch, {"STSM", "FMNMX3"})

@@ -41,6 +41,7 @@ ORDER = [
     "build.host",
     "build.nvrtc",
     "build.launch",
+    "build.debug",
     "backends",
     "backends.pool",
     "backends.blas",
@@ -60,6 +61,11 @@ ORDER = [
     "explain",
     "",
     "testing",
+    "tools",
+    "tools.kernels",
+    "tools.probe",
+    "tools.doctor",
+    "__main__",
 ]
 
 # Who may import which neighbour in backends/: tiled shares helpers, and the registry names every backend.

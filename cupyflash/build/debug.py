@@ -1,0 +1,83 @@
+"""What CUPYFLASH_DEBUG=1 to 4 prints of each kernel launch on standard error; each level adds to those below it.
+
+1  the plan's line: kernel, grid, block, shared memory
+2  the parameters
+3  the path of the kernel's source, all its headers in one text
+4  registers, stack, spills and instructions, as compiled for the GPU's architecture
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import Unsupported
+from ..plan.specs import KernelSpec, Launch
+from .cache import default_cache, digest
+from .launch import entry_of, render_kernel
+from .nvrtc import compile_cubin
+
+__all__ = ["debug_level", "show_launch"]
+
+_ENVIRONMENT = "CUPYFLASH_DEBUG"
+
+
+def debug_level() -> int:
+    """The level that the environment asks for, 0 where it does not.
+
+    Raises
+    ------
+    ValueError
+        It is no int from 0 to 4.
+    """
+    text = os.environ.get(_ENVIRONMENT)
+    if not text:
+        return 0
+    if text not in ("0", "1", "2", "3", "4"):
+        raise ValueError(f"{_ENVIRONMENT} must be an int from 0 to 4, but was {text!r}")
+    return int(text)
+
+
+def show_launch(launch: Launch, params: np.void, arch: str) -> None:
+    """Print what the level asks for; nothing at level 0."""
+    if level := debug_level():
+        for line in _lines(launch, params, arch, level):
+            print(f"cupyflash: {line}", file=sys.stderr)
+
+
+def _lines(launch: Launch, params: np.void, arch: str, level: int) -> Iterator[str]:
+    yield str(launch)
+    if level >= 2:
+        assert params.dtype.names is not None
+        for name in params.dtype.names:
+            yield f"  {name} = {params[name].tolist()}"
+    if level >= 3:
+        yield f"  source: {_source_path(launch.spec)}"
+    if level >= 4:
+        yield f"  {arch}: {_resources(launch.spec, arch)}"
+
+
+def _source_path(spec: KernelSpec) -> str:
+    source = render_kernel(spec)
+    name = f"{source.name}.cu"
+
+    def write(folder: Path) -> None:
+        (folder / name).write_text(source.text, encoding="utf-8")
+
+    return str(default_cache().get(digest("source", name, source.text), write) / name)
+
+
+@lru_cache(maxsize=256)
+def _resources(spec: KernelSpec, arch: str) -> str:
+    try:
+        found = compile_cubin(render_kernel(spec), arch, default_cache()).resources[entry_of(spec)]
+    except Unsupported as error:
+        return str(error)
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(found.opcodes.items()))
+    spills = found.spill_stores + found.spill_loads
+    return f"{found.registers} registers, {found.stack_bytes} bytes of stack, {spills} of spills; {counts}"

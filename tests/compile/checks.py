@@ -1,0 +1,46 @@
+"""What must hold of every compiled kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cupyflash.build.launch import entry_of
+from cupyflash.build.nvrtc import Binary, Resources
+from cupyflash.plan.specs import FwdSpec, KernelSpec
+
+
+def faults(spec: KernelSpec, binary: Binary) -> Iterator[str]:
+    """What is wrong with it, a sentence each."""
+    found = binary.resources[entry_of(spec)]
+    yield from (f"the compiler said: {notice}" for notice in binary.notices)
+    # An array that is indexed by a variable is a stack without spills.
+    for name, number in (
+        ("bytes of stack", found.stack_bytes),
+        ("bytes of spill stores", found.spill_stores),
+        ("bytes of spill loads", found.spill_loads),
+        ("stores to local memory", found.opcodes.get("STL", 0)),
+        ("loads from local memory", found.opcodes.get("LDL", 0)),
+    ):
+        if number:
+            yield f"it has {number} {name}"
+    if found.shared_bytes not in (0, 1024):  # none of ours: from sm_90 on the system keeps 1 KiB
+        yield f"it has {found.shared_bytes} bytes of static shared memory"
+    if found.registers * spec.num_threads > 65536:
+        yield f"{spec.num_threads} threads of {found.registers} registers do not fit on an SM"
+    if isinstance(spec, FwdSpec) and spec.family == "fwd_sm80":
+        yield from _tensor_core_faults(spec, found)
+
+
+def _tensor_core_faults(spec: FwdSpec, found: Resources) -> Iterator[str]:
+    """The step is there twice, masked and not: Q Kᵀ and P V each, unrolled, of a warp's 16 rows."""
+    tile = spec.tile
+    steps_q_k, steps_p_v = spec.head_dim // 16, tile.block_n // 16
+    products = steps_q_k * tile.block_n // 8 + steps_p_v * spec.head_dim_v // 8
+    # mma.m16n8k16; sm_75 has m16n8k8 alone.
+    products *= 2 * (2 if spec.baseline == 75 else 1)
+    # ldmatrix gives four 8 by 8 matrices: two of K's or V's operands of a product, or Q's for a step.
+    loads = 2 * (steps_q_k * tile.block_n // 16 + steps_p_v * spec.head_dim_v // 16)
+    loads += steps_q_k * (1 if tile.q_in_registers else 2)
+    for opcode, expected in (("HMMA", products), ("LDSM", loads)):
+        if found.opcodes.get(opcode, 0) != expected:
+            yield f"it has {found.opcodes.get(opcode, 0)} {opcode}, expected {expected}"
