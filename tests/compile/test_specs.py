@@ -18,7 +18,9 @@ from cupyflash.plan.specs import KernelSpec
 from tests.conftest import Require
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-SPECS = list(every_spec())
+ALL_ARCHITECTURES = ("sm_75", *ARCHITECTURES)
+SPECS = [spec for spec in every_spec() if spec.family == "fwd_sm80"]
+WITHOUT_TENSOR_CORES = [spec for spec in every_spec() if spec.family != "fwd_sm80"]
 
 
 @pytest.fixture(scope="module")
@@ -65,5 +67,19 @@ def test_registers_alone_and_tensor_cores(spec: KernelSpec, arch: str, cache: Ca
     assert resources.opcodes["LDSM"] == 2 * 2 * steps * columns // 2 + steps
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
+@pytest.mark.parametrize("spec", WITHOUT_TENSOR_CORES, ids=str)
+def test_registers_alone(spec: KernelSpec, arch: str, cache: Cache) -> None:
+    binary = compiled(spec, arch, cache)
+    resources = binary.resources[entry_of(spec)]
+    assert binary.notices == ()
+    assert resources.stack_bytes == resources.spill_stores == resources.spill_loads == 0
+    assert not {"STL", "LDL", "HMMA"} & {name for name, count in resources.opcodes.items() if count}
+    assert resources.shared_bytes in (0, 1024)
+    assert resources.registers * spec.num_threads <= 65536
+
+
 def test_every_spec_is_another_text() -> None:
-    assert len({render_kernel(spec).text for spec in SPECS}) == len(SPECS)
+    specs = list(every_spec())
+    assert len({render_kernel(spec).text for spec in specs}) == len(specs)
