@@ -86,7 +86,7 @@ struct Combine {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(Config::kNumThreads)
+extern "C" __global__ void __launch_bounds__(Config::kNumThreads, 1)
     flash_combine(const __grid_constant__ CombineParams params) {
   const long long num_rows = static_cast<long long>(params.batch_size) * params.num_heads_q * params.seqlen_q;
   const long long row = static_cast<long long>(isa::block_index_x()) * Config::kRowsPerBlock + isa::warp_index();

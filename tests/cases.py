@@ -39,7 +39,6 @@ BACKENDS: dict[str, Capabilities] = {
 #: Backends that run the GPU kernels. Calls are refused all over the op body; tests/ops/conftest.py lets a refusal pass.
 KERNEL_BACKENDS: dict[str, Capabilities] = {
     "emulator": Capabilities(
-        dtypes=("float16", "bfloat16"),
         refuses=frozenset(
             ("masks", "score_mod", "mask_mod", "softcap", "alibi_shape", "sinks", "dropout_p", "return_weights")
         ),
@@ -600,6 +599,22 @@ KERNELS = (
             (6, 1, 1, 3, 500, {"is_causal": True, "align": "bottom_right"}),
             (4, 2, 1, 2, 600, {"window": (200, 100), "align": 300}),
             (4, 2, 1, 2, 350, {"scale": -0.2}),
+        )
+    }
+    | {
+        f"kernel-{dtype}-{what}": heads(1, 2, *lengths, dtype=dtype, **arguments)
+        for dtype in ("float32", "float64")
+        for what, lengths, arguments in (
+            ("full", (65, 130, 64), {}),
+            ("wide", (20, 70, 200, 256), {}),
+            ("causal", (130, 130, 40, 72), {"is_causal": True}),
+            ("window", (140, 150, 16), {"window": (20, 70)}),
+            ("window-open-to-the-right", (40, 150, 16), {"window": (20, None)}),
+            ("rows-without-keys", (100, 40, 16), {"is_causal": True, "align": "bottom_right"}),
+            ("few-queries", (3, 700, 24), {"is_causal": True, "align": "bottom_right"}),
+            ("rising-scores", (10, 300, 24), {"values": "rising"}),
+            ("negative-scale", (20, 70, 24), {"scale": -0.3}),
+            ("huge-scale", (20, 70, 24), {"scale": 1e22, "magnitude": 1e-9}),
         )
     }
     | {

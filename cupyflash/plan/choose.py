@@ -332,8 +332,10 @@ def _why_behind(row: TileRow, tile: TileConfig, best_row: TileRow, best: TileCon
 
 def _spec(row: TileRow, tile: TileConfig, selector: Selector) -> FwdSpec:
     dims = (row.head_dim, row.head_dim_v)
-    packed = selector.packed_rows is not None and FAMILIES[row.family].packs
-    return FwdSpec(row.family, selector.dtype, *dims, tile, selector.features, packed, baseline=row.baseline)
+    family = FAMILIES[row.family]
+    packed = selector.packed_rows is not None and family.packs
+    features = replace(selector.features, scale_first=False) if family.any_scale else selector.features
+    return FwdSpec(row.family, selector.dtype, *dims, tile, features, packed, baseline=row.baseline)
 
 
 def pack_of(num_heads: tuple[int, int, int], seqlen_q: int) -> int:

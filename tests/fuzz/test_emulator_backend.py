@@ -40,7 +40,7 @@ SCHEDULES = st.builds(
 @st.composite
 def kernel_cases(draw: st.DrawFn) -> Case:
     """A case that the kernels run: random_case with their head dims, and lengths around the ends of their tiles."""
-    case = random_case(draw, dtype=draw(st.sampled_from(["float16", "bfloat16"])), **REFUSED)
+    case = random_case(draw, dtype=draw(st.sampled_from(list(DTYPES))), **REFUSED)
     head_dim = draw(st.sampled_from([64, 64, 128]))
     lengths = st.one_of(st.integers(0, 12), st.integers(60, 68), st.integers(1, 200))
     seqlen_q, seqlen_k = draw(lengths), draw(lengths)

@@ -18,7 +18,9 @@ from cupyflash.backends.emulator import EmulatorError, Module, Options
 from cupyflash.build.launch import render_kernel
 from cupyflash.build.source import KernelSource, kernels_folder, read_kernel
 from cupyflash.plan.specs import CombineSpec
-from tests.kernels import forward, test_combine
+from cupyflash.testing import Case
+from tests.cases import heads
+from tests.kernels import forward, simt, test_combine
 from tests.kernels.harness import source_of
 from tests.kernels.mutation import SYNCHRONISATION, Exemption, Mutant, assert_exemptions_hold, exempt, mutants
 
@@ -76,6 +78,26 @@ def combine_problem(seed):
     return run
 
 
+def simt_arguments(seqlen_q, seqlen_k, lower, upper):
+    return heads(1, 2, seqlen_q, seqlen_k, 40, dtype="float32", window=(-lower, upper), align=0).arguments()
+
+
+def simt_problem(given, **how):
+    def run(module: Module, options: Options) -> bytes:
+        out, lse, _ = simt.run(given, kernel=module, options=options, **how)
+        return out.tobytes() + lse.tobytes()
+
+    return run
+
+
+# Two panels of Q and K, the second one in part, and a head of keys for two of queries.
+SIMT_PACKED_SPLIT = Case(
+    query_shape=(1, 4, 20, 40),
+    key_shape=(1, 2, 170, 40),
+    value_shape=(1, 2, 170, 72),
+    enable_gqa=True,
+    window=(150, 100),
+).arguments()
 # Both ends of the band: masked tiles on the left, whole ones, masked ones on the right.
 BAND = forward.Spec(has_lower=True, has_upper=True)
 # Q stays in shared memory; with a split the last step of one block is not the last of the keys.
@@ -94,6 +116,17 @@ SUBJECTS = {
             forward_problem(BAND, 130, 200, lower=-70, upper=60),  # several tiles of both kinds, tails in both lengths
             forward_problem(BAND, 70, 330, lower=-10, upper=300),  # five tiles, three of them whole
         ],
+    ),
+    "fwd_simt.cu": Subject(
+        render_kernel(simt.forward_spec(simt_arguments(1, 1, 0, 0))),
+        [
+            simt_problem(simt_arguments(64, 200, -200, 0)),
+            simt_problem(simt_arguments(70, 330, -10, 300)),
+        ],
+    ),
+    "fwd_simt.cu, packed, split": Subject(
+        render_kernel(simt.forward_spec(SIMT_PACKED_SPLIT, pack=2, splits=2)),
+        [simt_problem(SIMT_PACKED_SPLIT, pack=2, splits=2)],
     ),
     "combine.cu": Subject(render_kernel(CombineSpec("float32")), [combine_problem(0), combine_problem(40)]),
     "fwd_sm80.cu, packed, split": Subject(
@@ -287,6 +320,19 @@ def test_bad_exemptions_are_refused() -> None:
             "scale_log2(static_cast<float>(params.scale) * kLog2E)",
             "scale_log2(static_cast<float>(params.scale))",
         ),
+        ("fwd_simt.cu", "forward.kv_step<false>(tile);", ";"),
+        ("fwd_simt.cu", "forward.kv_step<true>(tile);", ";"),
+        ("fwd_simt.cu", "row_begin + row < num_rows && column_begin", "column_begin"),
+        (
+            "fwd_simt.cu",
+            "if (row < FwdWork::num_rows<Config>(params))",
+            "if (row <= FwdWork::num_rows<Config>(params))",
+        ),
+        ("fwd_simt.cu", "if (column < params.head_dim_v)", ""),
+        ("fwd_simt.cu", "lse != nullptr && lane_x == 0", "lse != nullptr && lane_x == 0 && r != 3"),
+        ("fwd_simt.cu, packed, split", "forward.kv_step<false>(tile);", ";"),
+        ("fwd_simt.cu, packed, split", "column_begin + column < num_columns", "true"),
+        ("fwd_simt.cu, packed, split", "at_most(tiles.begin + share, tiles.end)", "tiles.end"),
         ("combine.cu", "if (lse == negative_infinity()) continue;", ""),
         ("combine.cu", "if (row_max == negative_infinity()) row_max = 0;", ""),
         ("combine.cu", "split += 32) row_max =", "split += 64) row_max ="),

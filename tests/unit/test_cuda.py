@@ -21,7 +21,7 @@ from cupyflash.build.cache import Cache
 from cupyflash.build.launch import render_kernel
 from cupyflash.build.nvrtc import compile_cubin
 from cupyflash.build.params import FWD_PARAMS
-from cupyflash.plan.device import DEVICES, EMULATOR
+from cupyflash.plan.device import DEVICES, EMULATOR, DeviceSpec
 from cupyflash.plan.specs import FwdSpec, KernelSpec
 from cupyflash.plan.tiles import TileConfig
 from cupyflash.testing import Case, random_case
@@ -162,9 +162,9 @@ def test_the_cubin_is_the_compilers_for_the_device(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_gpu_without_kernels_names_math(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, DEVICES["T4"])
+    install(monkeypatch, DeviceSpec("V100", (7, 0), 80, 96 << 10, 96 << 10, 6 << 20))
     arguments = heads(1, 2, 70, 90, 64, dtype="bfloat16").arguments()
-    with pytest.raises(cupyflash.Unsupported, match=r"no kernel runs on T4.*backend=\"math\""):
+    with pytest.raises(cupyflash.Unsupported, match=r"no kernel runs on V100.*backend=\"math\""):
         cupyflash.attention(**on_gpu(arguments))
 
 
