@@ -41,8 +41,8 @@ __device__ __forceinline__ void store_lse(float* lse_gmem, const RowState& state
 
 // The warp's rows of O, rounded, through its own rows of a tile in shared memory, so that they leave in
 // pieces of 16 bytes. Nobody else may be using those rows of the tile.
-template <class Config, class Tile>
-__device__ __forceinline__ void store_out(const HeadRows& out, u32 tile_smem,
+template <class Config, class Tile, class Rows>
+__device__ __forceinline__ void store_out(const Rows& out, u32 tile_smem,
                                           const float (&o_frag)[Config::kHeadDim / 8][4], int tile_row, int row_begin,
                                           int num_rows) {
   const int lane = isa::lane_index();

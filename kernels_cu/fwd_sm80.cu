@@ -70,8 +70,8 @@ struct Forward {
   const FwdParams& params;
   int row_begin;  // the first of the block's rows, in the sequence
   int warp_row;   // the first of the warp's rows, in the tile
-  HeadRows k;
-  HeadRows v;
+  HeadRows<u16> k;
+  HeadRows<u16> v;
   float scale_log2;
 
   u32 q_frag[Config::kHeadDim / 16][4];
@@ -82,8 +82,8 @@ struct Forward {
       : params(params),
         row_begin(work.row_begin),
         warp_row(16 * isa::warp_index()),
-        k(head_rows(params, params.k, work.batch, work.head / params.group_size_k)),
-        v(head_rows(params, params.v, work.batch, work.head / params.group_size_v)),
+        k(head_rows<u16>(params, params.k, work.batch, work.head / params.group_size_k)),
+        v(head_rows<u16>(params, params.v, work.batch, work.head / params.group_size_v)),
         scale_log2(static_cast<float>(params.scale) * kLog2E),
         state(RowState::start()) {
 #pragma unroll
@@ -94,14 +94,14 @@ struct Forward {
   }
 
   // One group of copies: a tile of keys, or of values, into shared memory.
-  __device__ __forceinline__ void copy_tile(u32 tile_smem, const HeadRows& rows, int tile) {
+  __device__ __forceinline__ void copy_tile(u32 tile_smem, const HeadRows<u16>& rows, int tile) {
     load_tile<Traits::KTile, Traits::kNumThreads>(tile_smem, rows, tile * Config::kBlockN, params.seqlen_k);
     isa::cp_async_commit();
   }
 
   // Q into registers, and the first tile of K under way: to buffer 0, since Q lies in buffer 1.
   __device__ __forceinline__ void load_q(const FwdWork& work, int first_tile) {
-    const HeadRows q = head_rows(params, params.q, work.batch, work.head);
+    const auto q = work.rows_of<Config, u16>(params, params.q);
     load_tile<Traits::QTile, Traits::kNumThreads>(SharedStorage::q(), q, row_begin, params.seqlen_q);
     isa::cp_async_commit();
     copy_tile(SharedStorage::k(0), k, first_tile);
@@ -148,7 +148,7 @@ struct Forward {
       const float max_scale = Config::kScaleFirst ? 1.0f : static_cast<float>(params.scale);
       store_lse(static_cast<float*>(params.lse) + head * params.seqlen_q, state, max_scale, row, params.seqlen_q);
     }
-    const HeadRows out = head_rows(params, params.out, work.batch, work.head);
+    const auto out = work.rows_of<Config, u16>(params, params.out);
     store_out<Config, Traits::QTile>(out, SharedStorage::out(), o_frag, warp_row, row, params.seqlen_q);
   }
 };
@@ -157,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(Traits::kNumThreads)
     flash_fwd_sm80(const __grid_constant__ FwdParams params) {
   const FwdWork work = FwdWork::of_block<Config>(params);
   Forward forward(params, work);
-  const KeyTiles tiles = key_tiles<Config>(params, work.row_begin);
+  const KeyTiles tiles = key_tiles<Config>(params, work);
   if (tiles.begin < tiles.end) {
     forward.load_q(work, tiles.end - 1);
     for (int tile = tiles.end - 1, step = 0; tile >= tiles.begin; --tile, ++step) {

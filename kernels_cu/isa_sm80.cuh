@@ -55,6 +55,16 @@ __device__ __forceinline__ u32 pack_bf16x2(float lower, float upper) {
   return packed;
 }
 
+// The same in what sm_75 has.
+__device__ __forceinline__ u32 pack_f16x2_sm75(float lower, float upper) {
+  u32 packed;
+  asm("{\n.reg .b16 lower, upper;\ncvt.rn.f16.f32 lower, %1;\ncvt.rn.f16.f32 upper, %2;\n"
+      "mov.b32 %0, {lower, upper}; }"
+      : "=r"(packed)
+      : "f"(lower), "f"(upper));
+  return packed;
+}
+
 // bits: one element in the lower half.
 __device__ __forceinline__ float unpack_f16(u32 bits) {
   float value;
@@ -142,6 +152,13 @@ __device__ __forceinline__ bool all(bool predicate) {
 // -----------------------------------------------------------------------------------------------------------
 // Global memory. Pointers are aligned to the access's size.
 
+// Two bytes travel in the lower half of a register.
+__device__ __forceinline__ u32 ldg_2(const void* source) {
+  u32 value;
+  asm volatile("ld.global.u16 %0, [%1];" : "=r"(value) : "l"(source) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ u32 ldg_4(const void* source) {
   u32 value;
   asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(source) : "memory");
@@ -161,6 +178,10 @@ __device__ __forceinline__ uint4 ldg_16(const void* source) {
                : "l"(source)
                : "memory");
   return value;
+}
+
+__device__ __forceinline__ void stg_2(void* destination, u32 value) {
+  asm volatile("st.global.u16 [%0], %1;" ::"l"(destination), "r"(value) : "memory");
 }
 
 __device__ __forceinline__ void stg_4(void* destination, u32 value) {
@@ -336,6 +357,14 @@ __device__ __forceinline__ void mma_m16n8k16(BFloat16, float (&acc)[4], const u3
       "{%0, %1, %2, %3};"
       : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// acc[16 x 8] += a[16 x 8] b[8 x 8]: the first half of the product above, with a[0], a[1] and b0, or its second
+// half, with a[2], a[3] and b1. All that sm_75 has. All 32 lanes.
+__device__ __forceinline__ void mma_m16n8k8(Float16, float (&acc)[4], u32 a0, u32 a1, u32 b) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+               : "r"(a0), "r"(a1), "r"(b));
 }
 
 // The same choice of format for the conversions above.

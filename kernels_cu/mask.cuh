@@ -4,16 +4,18 @@
 // unequal lengths is in the shift. Config says which bounds exist, params what they are.
 #pragma once
 
-#include "params.cuh"
 #include "tile.cuh"
+#include "work.cuh"
 
-// The tiles of kBlockN keys that one tile of queries meets.
+// The tiles of kBlockN keys that a block meets.
 //
 //     keys      begin     full_begin        full_end     end
 //       . . . . | x x x x | # # # # # # # # | x x x x x | . . . .
 //
-// Outside [begin, end) no key takes part for any of the queries; in [full_begin, full_end) all do for all.
-// What lies between needs the mask. All numbers count tiles.
+// Outside [begin, end) no key takes part for any of the tile's queries; in [full_begin, full_end) all do for
+// all. What lies between needs the mask. All numbers count tiles.
+//
+// If Config::kSplit, [begin, end) is the block's share of that: equal parts, the last ones shorter or empty.
 struct KeyTiles {
   int begin;
   int end;
@@ -25,28 +27,37 @@ __device__ __forceinline__ int at_least(int value, int bound) { return value < b
 __device__ __forceinline__ int at_most(int value, int bound) { return value > bound ? bound : value; }
 
 template <class Config>
-__device__ __forceinline__ KeyTiles key_tiles(const FwdParams& params, int row_begin) {
+__device__ __forceinline__ KeyTiles key_tiles(const FwdParams& params, const FwdWork& work) {
   constexpr int kN = Config::kBlockN;
-  const int last_row = at_most(row_begin + Config::kBlockM, params.seqlen_q) - 1;
+  const int row_end = at_most(work.row_begin + Config::kBlockM, FwdWork::num_rows<Config>(params));
+  const int first_query = FwdWork::query_of<Config>(params, work.row_begin);
+  const int last_query = FwdWork::query_of<Config>(params, row_end - 1);
   int key_begin = 0;
   int key_end = params.seqlen_k;
   int full_begin = 0;
   int full_end = params.seqlen_k;
   if constexpr (Config::kHasUpper) {
-    key_end = at_least(at_most(key_end, last_row + params.upper + 1), 0);
-    full_end = at_least(at_most(full_end, row_begin + params.upper + 1), 0);
+    key_end = at_least(at_most(key_end, last_query + params.upper + 1), 0);
+    full_end = at_least(at_most(full_end, first_query + params.upper + 1), 0);
   }
   if constexpr (Config::kHasLower) {
-    key_begin = at_least(row_begin + params.lower, 0);
-    full_begin = at_least(last_row + params.lower, 0);
+    key_begin = at_least(first_query + params.lower, 0);
+    full_begin = at_least(last_query + params.lower, 0);
   }
   if (key_begin >= key_end) return {0, 0, 0, 0};
-  return {key_begin / kN, (key_end + kN - 1) / kN, (full_begin + kN - 1) / kN, full_end / kN};
+  KeyTiles tiles = {key_begin / kN, (key_end + kN - 1) / kN, (full_begin + kN - 1) / kN, full_end / kN};
+  if constexpr (Config::kSplit) {
+    // num_splits shares are fewer than num_splits tiles more than there are: no product overflows.
+    const int share = (tiles.end - tiles.begin + params.num_splits - 1) / params.num_splits;
+    tiles.begin = at_most(tiles.begin + work.split * share, tiles.end);
+    tiles.end = at_most(tiles.begin + share, tiles.end);
+  }
+  return tiles;
 }
 
 // Sets the scores of keys that do not take part to -inf. first_row and first_key are those of s_frag's
-// element (0, 0). Each of a lane's two rows has a first key and an end, counted from the lane's first column, so
-// that an element's test compares two registers with a constant.
+// element (0, 0). Each of a lane's two rows has, by its query, a first key and an end, counted from the lane's first
+// column, so that an element's test compares two registers with a constant.
 template <class Config>
 __device__ __forceinline__ void mask_scores(float (&s_frag)[Config::kBlockN / 8][4], const FwdParams& params,
                                             int first_row, int first_key) {
@@ -54,11 +65,11 @@ __device__ __forceinline__ void mask_scores(float (&s_frag)[Config::kBlockN / 8]
   const int first_column = first_key + acc_column(lane, 0);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = first_row + acc_row(lane, 2 * half);
+    const int query = FwdWork::query_of<Config>(params, first_row + acc_row(lane, 2 * half));
     int begin = 0;
     int end = params.seqlen_k;
-    if constexpr (Config::kHasLower) begin = row + params.lower;
-    if constexpr (Config::kHasUpper) end = at_most(end, row + params.upper + 1);
+    if constexpr (Config::kHasLower) begin = query + params.lower;
+    if constexpr (Config::kHasUpper) end = at_most(end, query + params.upper + 1);
 #pragma unroll
     for (int n = 0; n < Config::kBlockN / 8; ++n) {
 #pragma unroll

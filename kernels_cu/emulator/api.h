@@ -61,6 +61,7 @@ void copy_async_wait(int pending_groups, Site);
 void load_matrices(std::uint32_t* frag, int count, bool transposed, std::uint32_t row, Site);
 void store_matrices(std::uint32_t row, const std::uint32_t* frag, int count, bool transposed, Site);
 void multiply_accumulate(Format, float* acc, const std::uint32_t* a, std::uint32_t b0, std::uint32_t b1, Site);
+void multiply_accumulate_k8(float* acc, const std::uint32_t* a, std::uint32_t b, Site);  // Format::kFloat16
 
 }  // namespace emulator
 

@@ -50,6 +50,7 @@ inline u32 pack_f16x2(float lower, float upper) {
 inline u32 pack_bf16x2(float lower, float upper) {
   return emulator::bf16_from_float(lower) | static_cast<u32>(emulator::bf16_from_float(upper)) << 16;
 }
+inline u32 pack_f16x2_sm75(float lower, float upper) { return pack_f16x2(lower, upper); }
 inline float unpack_f16(u32 bits) { return emulator::float_from_f16(static_cast<u16>(bits)); }
 inline float unpack_bf16(u32 bits) { return emulator::float_from_bf16(static_cast<u16>(bits)); }
 
@@ -91,6 +92,11 @@ inline bool all(bool predicate, Site site = Site::here()) {
   return emulator::vote(emulator::Vote::kAll, predicate, site) != 0;
 }
 
+inline u32 ldg_2(const void* source, Site site = Site::here()) {
+  u16 value;
+  emulator::load_global(&value, source, sizeof value, site);
+  return value;
+}
 inline u32 ldg_4(const void* source, Site site = Site::here()) {
   u32 value;
   emulator::load_global(&value, source, sizeof value, site);
@@ -105,6 +111,9 @@ inline uint4 ldg_16(const void* source, Site site = Site::here()) {
   uint4 value;
   emulator::load_global(&value, source, sizeof value, site);
   return value;
+}
+inline void stg_2(void* destination, u32 value, Site site = Site::here()) {
+  emulator::store_global(destination, &value, sizeof(u16), site);
 }
 inline void stg_4(void* destination, u32 value, Site site = Site::here()) {
   emulator::store_global(destination, &value, sizeof value, site);
@@ -188,6 +197,10 @@ inline void mma_m16n8k16(Float16, float (&acc)[4], const u32 (&a)[4], u32 b0, u3
 }
 inline void mma_m16n8k16(BFloat16, float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1, Site site = Site::here()) {
   emulator::multiply_accumulate(emulator::Format::kBFloat16, acc, a, b0, b1, site);
+}
+inline void mma_m16n8k8(Float16, float (&acc)[4], u32 a0, u32 a1, u32 b, Site site = Site::here()) {
+  const u32 a[2] = {a0, a1};
+  emulator::multiply_accumulate_k8(acc, a, b, site);
 }
 inline u32 pack(Float16, float lower, float upper) { return pack_f16x2(lower, upper); }
 inline u32 pack(BFloat16, float lower, float upper) { return pack_bf16x2(lower, upper); }

@@ -117,6 +117,7 @@ using Row = float __attribute__((vector_size(kN * sizeof(float))));
 // A register of two elements into its place in a matrix.
 void put_pair(std::uint16_t* place, std::uint32_t bits) { std::memcpy(place, &bits, sizeof bits); }
 
+// 16 elements of the inner dimension.
 void convert(Format format, const std::uint16_t (&bits)[16], float (&values)[16]) {
   if (format == Format::kFloat16) {
     floats_from_f16(bits, values);
@@ -125,10 +126,12 @@ void convert(Format format, const std::uint16_t (&bits)[16], float (&values)[16]
   }
 }
 
-// A chain of float additions in the order of k. Products of two 16-bit elements are exact in float.
+// A chain of float additions in the order of k. Products of two 16-bit elements are exact in float. With kSteps = 8
+// the fragments are those of m16n8k8: the first halves of those of m16n8k16.
+template <int kSteps>
 void multiply(Format format, const std::array<void*, kWarpSize>& lanes) {
-  std::uint16_t a_bits[kM][kK];
-  std::uint16_t b_bits[kN][kK];  // transposed: a register holds two neighbours in k
+  std::uint16_t a_bits[kM][kK] = {};
+  std::uint16_t b_bits[kN][kK] = {};  // transposed: a register holds two neighbours in k
   Row acc[kM];
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const auto& mine = *static_cast<const MultiplyOperands*>(lanes[lane]);
@@ -136,10 +139,12 @@ void multiply(Format format, const std::array<void*, kWarpSize>& lanes) {
     const int c = 2 * (lane % 4);
     put_pair(&a_bits[g][c], mine.a[0]);
     put_pair(&a_bits[g + 8][c], mine.a[1]);
-    put_pair(&a_bits[g][c + 8], mine.a[2]);
-    put_pair(&a_bits[g + 8][c + 8], mine.a[3]);
     put_pair(&b_bits[g][c], mine.b0);
-    put_pair(&b_bits[g][c + 8], mine.b1);
+    if constexpr (kSteps == kK) {
+      put_pair(&a_bits[g][c + 8], mine.a[2]);
+      put_pair(&a_bits[g + 8][c + 8], mine.a[3]);
+      put_pair(&b_bits[g][c + 8], mine.b1);
+    }
     acc[g][c] = mine.acc[0];
     acc[g][c + 1] = mine.acc[1];
     acc[g + 8][c] = mine.acc[2];
@@ -155,7 +160,7 @@ void multiply(Format format, const std::array<void*, kWarpSize>& lanes) {
     float a[kK];
     convert(format, a_bits[m], a);
     Row sum = acc[m];
-    for (int k = 0; k < kK; ++k) sum += a[k] * b[k];
+    for (int k = 0; k < kSteps; ++k) sum += a[k] * b[k];
     acc[m] = sum;
   }
   for (int lane = 0; lane < kWarpSize; ++lane) {
@@ -177,7 +182,15 @@ void multiply_accumulate(Format format, float* acc, const std::uint32_t* a, std:
   MultiplyOperands mine{acc, a, b0, b1};
   collective(kNames[static_cast<int>(format)], site, &mine, [format](const auto& lanes) {
     ++current_thread().block->counters.mma;
-    multiply(format, lanes);
+    multiply<kK>(format, lanes);
+  });
+}
+
+void multiply_accumulate_k8(float* acc, const std::uint32_t* a, std::uint32_t b, Site site) {
+  MultiplyOperands mine{acc, a, b, 0};
+  collective("mma.m16n8k8.f16", site, &mine, [](const auto& lanes) {
+    ++current_thread().block->counters.mma;
+    multiply<8>(Format::kFloat16, lanes);
   });
 }
 

@@ -189,7 +189,7 @@ def _convert(rng: np.random.Generator) -> dict[str, Probe]:
     exponents = _words(-np.abs(20 * rng.standard_normal(LANES)).astype(np.float32), lower)
     return {
         f"convert-{name}": Probe(
-            "probes.cu", "probe_convert", {"in": inputs}, {"out": _blank(LANES, 3)}, rules={"out": rule}
+            "probes.cu", "probe_convert", {"in": inputs}, {"out": _blank(LANES, 4)}, rules={"out": rule}
         )
         for name, inputs in (("special", both), ("softmax", exponents))
     }
@@ -225,6 +225,11 @@ def _mma(rng: np.random.Generator) -> dict[str, Probe]:
             probes[f"mma-{name}-{kind}"] = Probe(
                 "probes.cu", entry, {"in": words}, {"out": _blank(LANES, 4)}, rules=rules
             )
+    # m16n8k8, of small integers: sums are exact in any order.
+    a, b = (rng.integers(-8, 9, (LANES, n)).astype(np.float16) for n in (4, 2))
+    acc = rng.integers(-8, 9, (LANES, 4)).astype(np.float32)
+    words = np.concatenate([a.view(np.uint32), b.view(np.uint32), acc.view(np.uint32)], axis=1)
+    probes["mma-k8"] = Probe("probes.cu", "probe_mma_k8", {"in": words}, {"out": _blank(LANES, 4)})
     return probes
 
 
@@ -297,6 +302,8 @@ def make_probes() -> dict[str, Probe]:
         "memory": Probe(
             "probes.cu", "probe_memory", {"in": _any_word(rng, LANES, 8)}, {"out": _blank(LANES, 8)}, shared_mem=1024
         ),
+        # The last half of a lane's output is not written.
+        "halves": Probe("probes.cu", "probe_halves", {"in": _any_word(rng, LANES, 2)}, {"out": _blank(LANES, 2)}),
         "atomics": _atomics(rng),
         "cp_async": Probe(
             "probes.cu",

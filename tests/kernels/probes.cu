@@ -21,13 +21,14 @@ extern "C" __global__ void probe_identity(u32* out) {
   for (int i = 0; i < 9; ++i) isa::stg_4(mine + i, static_cast<u32>(values[i]));
 }
 
-// in: two floats. out: 2^x, both packed as f16 and as bf16.
+// in: two floats. out: 2^x, both packed as f16, as bf16 and, as sm_75 does it, as f16.
 extern "C" __global__ void probe_convert(const u32* in, u32* out) {
   const float lower = load_float(operands(in, 2));
   const float upper = load_float(operands(in, 2) + 1);
-  store_float(results(out, 3), isa::ex2(lower));
-  isa::stg_4(results(out, 3) + 1, isa::pack_f16x2(lower, upper));
-  isa::stg_4(results(out, 3) + 2, isa::pack_bf16x2(lower, upper));
+  store_float(results(out, 4), isa::ex2(lower));
+  isa::stg_4(results(out, 4) + 1, isa::pack_f16x2(lower, upper));
+  isa::stg_4(results(out, 4) + 2, isa::pack_bf16x2(lower, upper));
+  isa::stg_4(results(out, 4) + 3, isa::pack_f16x2_sm75(lower, upper));
 }
 
 // in: 16 bits. out: the float it is as f16 and as bf16.
@@ -70,6 +71,14 @@ extern "C" __global__ void probe_memory(const u32* in, u32* out) {
   isa::stg_16(destination, isa::ld_shared_16(other));
   isa::stg_8(destination + 4, isa::ld_shared_8(other + 16));
   isa::stg_4(destination + 6, isa::ld_shared_4(other + 24));
+}
+
+// in: two words. Three of the four halves go to `out`, the last stays as it was.
+extern "C" __global__ void probe_halves(const u32* in, u32* out) {
+  const u16* source = reinterpret_cast<const u16*>(operands(in, 2));
+  u16* destination = reinterpret_cast<u16*>(results(out, 2));
+#pragma unroll
+  for (int i = 0; i < 3; ++i) isa::stg_2(destination + i, isa::ldg_2(source + i) | 0xabcd0000u);
 }
 
 // totals: u32 sum, float sum, u32 maximum, float maximum. out: each lane's previous value of the first.
@@ -143,6 +152,15 @@ __device__ __forceinline__ void multiply(const u32* in, u32* out) {
 }
 
 extern "C" __global__ void probe_mma_f16(const u32* in, u32* out) { multiply<Float16>(in, out); }
+extern "C" __global__ void probe_mma_k8(const u32* in, u32* out) {
+  const u32* mine = operands(in, 7);
+  float acc[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) acc[i] = load_float(mine + 3 + i);
+  isa::mma_m16n8k8(Float16(), acc, isa::ldg_4(mine), isa::ldg_4(mine + 1), isa::ldg_4(mine + 2));
+#pragma unroll
+  for (int i = 0; i < 4; ++i) store_float(results(out, 4) + i, acc[i]);
+}
 extern "C" __global__ void probe_mma_bf16(const u32* in, u32* out) { multiply<BFloat16>(in, out); }
 
 // Four warps. Warps 1 to 3 write a word each and arrive; warp 0 waits for the 128 threads and reads them all.

@@ -227,10 +227,13 @@ def test_key_tiles(has_lower, has_upper):
 struct Config {{
   static constexpr int kBlockM = {block_m}, kBlockN = {block_n};
   static constexpr bool kHasLower = {str(has_lower).lower()}, kHasUpper = {str(has_upper).lower()};
+  static constexpr bool kPacked = true, kSplit = true;
 }};
 #include "mask.cuh"
 extern "C" __global__ void ranges(FwdParams params, u32* out) {{
-  const KeyTiles tiles = key_tiles<Config>(params, Config::kBlockM * isa::block_index_x());
+  const FwdWork work = {{0, 0, Config::kBlockM * (isa::block_index_x() / params.num_splits),
+                         isa::block_index_x() % params.num_splits}};
+  const KeyTiles tiles = key_tiles<Config>(params, work);
   u32* mine = out + 4 * isa::block_index_x();
   isa::stg_4(mine, tiles.begin);
   isa::stg_4(mine + 1, tiles.end);
@@ -243,32 +246,39 @@ extern "C" __global__ void ranges(FwdParams params, u32* out) {{
     for _ in range(200):
         seqlen_q, seqlen_k = (int(n) for n in rng.integers(1, 200, 2))
         lower, upper = sorted(int(n) for n in rng.integers(-250, 250, 2))
+        pack, num_splits = (int(n) for n in rng.integers(1, 7, 2))
         params = np.zeros((), FWD_PARAMS)
         for name, value in (
             ("seqlen_q", seqlen_q),
             ("seqlen_k", seqlen_k),
             ("lower", lower),
             ("upper", upper),
+            ("pack", pack),
+            ("num_splits", num_splits),
         ):
             params[name] = value
-        num_tiles = -(-seqlen_q // block_m)
-        out = guarded_array((num_tiles, 4), np.int32, "out")
-        ranges((num_tiles,), (32,), (params[()], out))
+        num_tiles = -(-seqlen_q * pack // block_m)
+        out = guarded_array((num_tiles, num_splits, 4), np.int32, "out")
+        ranges((num_tiles * num_splits,), (32,), (params[()], out))
         difference = np.arange(seqlen_k)[None] - np.arange(seqlen_q)[:, None]
         mask = np.ones(difference.shape, bool)
         if has_lower:
             mask &= difference >= lower
         if has_upper:
             mask &= difference <= upper
-        for tile, (begin, end, full_begin, full_end) in enumerate(out.tolist()):
+        mask = np.repeat(mask, pack, axis=0)
+        for tile, splits in enumerate(out.tolist()):
             rows = mask[block_m * tile : block_m * (tile + 1)]
-            for n in range(-(-seqlen_k // block_n)):
-                part = rows[:, block_n * n : block_n * (n + 1)]
-                assert (begin <= n < end) or not part.any()
-                is_full = full_begin <= n < full_end
-                assert is_full == (part.all() and part.shape[1] == block_n and begin <= n < end)
+            visited = [n for begin, end, _, _ in splits for n in range(begin, end)]
+            full = [n for begin, end, first, last in splits for n in range(begin, end) if first <= n < last]
             keys = np.flatnonzero(rows.any(axis=0))
-            assert begin >= end if keys.size == 0 else (begin, end) == (keys[0] // block_n, keys[-1] // block_n + 1)
+            assert visited == ([] if keys.size == 0 else [*range(keys[0] // block_n, keys[-1] // block_n + 1)])
+            lengths = [end - begin for begin, end, _, _ in splits]
+            assert max(lengths) == -(-len(visited) // num_splits)
+            assert lengths == sorted(lengths, reverse=True)
+            for n in visited:
+                part = rows[:, block_n * n : block_n * (n + 1)]
+                assert (n in full) == (part.all() and part.shape[1] == block_n)
 
 
 @pytest.mark.usefixtures("cxx")

@@ -75,13 +75,13 @@ def test_convert(rng):
     lower[13:17] = [1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-8, 1 + 3 * 2**-8]
     lower = lower.astype(np.float32)
     upper = lower[::-1].copy()
-    out = run("probes.cu", "probe_convert", words(lower, upper), out=(LANES, 3))
+    out = run("probes.cu", "probe_convert", words(lower, upper), out=(LANES, 4))
 
     with np.errstate(over="ignore"):
         expected = np.exp2(lower.astype(np.float64))
         expected = np.where(expected < 2.0**-126, 0.0, expected)
         np.testing.assert_allclose(out[:, 0].view(np.float32), expected.astype(np.float32), rtol=2.0**-22)
-        for column, dtype in ((1, np.float16), (2, ml_dtypes.bfloat16)):
+        for column, dtype in ((1, np.float16), (2, ml_dtypes.bfloat16), (3, np.float16)):
             bits = [np.where(np.isnan(x), 0x7FFF, x.astype(dtype).view(np.uint16)) for x in (lower, upper)]
             np.testing.assert_array_equal(out[:, column], bits[0].astype(np.uint32) | bits[1].astype(np.uint32) << 16)
 
@@ -127,6 +127,13 @@ def test_memory(rng, options):
     out = run("probes.cu", "probe_memory", data, out=(LANES, 8), shared_mem=1024, options=options)
     np.testing.assert_array_equal(out[:, :7], data[::-1, :7])
     assert (out[:, 7] == 0xFFFFFFFF).all()
+
+
+def test_halves(rng):
+    data = rng.integers(0, 2**16, (LANES, 4), dtype=np.uint16)
+    out = run("probes.cu", "probe_halves", data, out=(LANES, 2)).view(np.uint16)
+    np.testing.assert_array_equal(out[:, :3], data[:, :3])
+    assert (out[:, 3] == 0xFFFF).all()
 
 
 def test_atomics(rng):
@@ -202,6 +209,21 @@ def test_mma(rng, name):
     expected = (matrix_c + matrix_a @ matrix_b)[place_c]
     # 17 additions in float: at most 17 half-ulps of the sum of magnitudes.
     bound = 17 * 2.0**-24 * (np.abs(matrix_c) + np.abs(matrix_a) @ np.abs(matrix_b))[place_c]
+    assert (np.abs(out - expected) <= bound).all()
+
+
+def test_mma_k8(rng):
+    """PTX ISA, mma.m16n8k8: a0, a1 at row T / 4, a2, a3 at T / 4 + 8; b0, b1 at rows 2 (T % 4) and + 1."""
+    a, b = (rng.standard_normal((LANES, n)).astype(np.float16) for n in (4, 2))
+    acc = rng.standard_normal((LANES, 4)).astype(np.float32)
+    operands = np.concatenate([a.view(np.uint32), b.view(np.uint32), acc.view(np.uint32)], axis=1)
+    out = run("probes.cu", "probe_mma_k8", operands, out=(LANES, 4)).view(np.float32)
+    # The fragments of m16n8k16 with nothing in the second half of k.
+    wide_a, wide_b = np.zeros((LANES, 8)), np.zeros((LANES, 4))
+    wide_a[:, :4], wide_b[:, :2] = a, b
+    matrix_a, matrix_b, matrix_c, place_c = gather_mma(wide_a, wide_b, acc.astype(np.float64))
+    expected = (matrix_c + matrix_a @ matrix_b)[place_c]
+    bound = 9 * 2.0**-24 * (np.abs(matrix_c) + np.abs(matrix_a) @ np.abs(matrix_b))[place_c]
     assert (np.abs(out - expected) <= bound).all()
 
 

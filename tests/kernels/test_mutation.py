@@ -230,7 +230,11 @@ def test_bad_exemptions_are_refused() -> None:
         ("fwd_sm80.cu", "exists ? 16 : 0", "16"),
         ("fwd_sm80.cu", "if (row_begin + row < num_rows)", ""),
         ("fwd_sm80.cu", "lane % 4 == 0 && row < num_rows", "lane % 4 == 0"),
-        ("fwd_sm80.cu", "scale_log2(params.scale * kLog2E)", "scale_log2(params.scale)"),
+        (
+            "fwd_sm80.cu",
+            "scale_log2(static_cast<float>(params.scale) * kLog2E)",
+            "scale_log2(static_cast<float>(params.scale))",
+        ),
     ],
 )
 def test_problems_reach_every_branch(file: str, code: str, wrong: str) -> None:
@@ -244,6 +248,8 @@ def test_problems_reach_every_branch(file: str, code: str, wrong: str) -> None:
 @pytest.mark.usefixtures("cxx")
 def test_a_wrong_result_is_a_finding() -> None:
     subject = SUBJECTS["fwd_sm80.cu"]
-    text = subject.source.text.replace("scale_log2(params.scale * kLog2E)", "scale_log2(params.scale)")
+    text = subject.source.text.replace(
+        "scale_log2(static_cast<float>(params.scale) * kLog2E)", "scale_log2(static_cast<float>(params.scale))"
+    )
     found = finding(subject, Module(KernelSource("wrong", text, subject.source.entries)))
     assert found == f"problem 0: wrong result under {Options()}"

@@ -65,6 +65,12 @@ WRAPPERS = {
         "out[0] = isa::pack_bf16x2(lo, hi);",
         "cvt.rn.bf16x2.f32 out[0], hi, lo;",
     ),
+    "pack_f16x2_sm75": (
+        "float lo, float hi",
+        "out[0] = isa::pack_f16x2_sm75(lo, hi);",
+        "{\n.reg .b16 lower, upper;\ncvt.rn.f16.f32 lower, lo;\ncvt.rn.f16.f32 upper, hi;\n"
+        "mov.b32 out[0], {lower, upper}; }",
+    ),
     "unpack_f16": ("u16 x", "out[0] = __float_as_uint(isa::unpack_f16(x));", "cvt.f32.f16 out[0], x;"),
     "sync_warp": ("", "isa::sync_warp();", "bar.warp.sync 0xffffffff;"),
     "sync_threads": ("", "isa::sync_threads();", "bar.sync 0;"),
@@ -85,6 +91,7 @@ WRAPPERS = {
         "out[0] = isa::shuffle_down(x, n);",
         "shfl.sync.down.b32 out[0], x, n, 0x1f, 0xffffffff;",
     ),
+    "ldg_2": ("const u32* p", "out[0] = isa::ldg_2(p);", "ld.global.u16 out[0], [p];"),
     "ldg_4": ("const u32* p", "out[0] = isa::ldg_4(p);", "ld.global.u32 out[0], [p];"),
     "ldg_8": (
         "const u32* p",
@@ -96,6 +103,7 @@ WRAPPERS = {
         "const uint4 v = isa::ldg_16(p); out[0] = v.x; out[1] = v.y; out[2] = v.z; out[3] = v.w;",
         "ld.global.v4.u32 {out[0], out[1], out[2], out[3]}, [p];",
     ),
+    "stg_2": ("u32* p, u32 x", "isa::stg_2(p, x);", "st.global.u16 [p], x;"),
     "stg_4": ("u32* p, u32 x", "isa::stg_4(p, x);", "st.global.u32 [p], x;"),
     "stg_8": ("u32* p, u32 x, u32 y", "isa::stg_8(p, uint2{x, y});", "st.global.v2.u32 [p], {x, y};"),
     "stg_16": (
@@ -147,6 +155,13 @@ WRAPPERS = {
     "ldmatrix_x4_trans": ldmatrix(4, "_trans"),
     "mma_m16n8k16 f16": mma("Float16", "f16"),
     "mma_m16n8k16 bf16": mma("BFloat16", "bf16"),
+    "mma_m16n8k8 f16": (
+        "u32 a0, u32 a1, u32 b0, float c0, float c1, float c2, float c3",
+        "float c[4] = {c0, c1, c2, c3}; isa::mma_m16n8k8(Float16(), c, a0, a1, b0); "
+        "for (int i = 0; i < 4; ++i) out[i] = __float_as_uint(c[i]);",
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {out[0], out[1], out[2], out[3]}, {a0, a1}, {b0}, "
+        "{out[0], out[1], out[2], out[3]};",
+    ),
     "stmatrix_x1": stmatrix(1),
     "stmatrix_x2": stmatrix(2),
     "stmatrix_x4": stmatrix(4),
@@ -221,19 +236,15 @@ def test_instruction(ptx, wrapper):
 
 def test_accumulators_go_in_and_come_out(ptx):
     """`+f` operands have one register; it must hold c0..c3 before the mma, in order."""
-    for wrapper in ("mma_m16n8k16 f16", "mma_m16n8k16 bf16"):
+    for wrapper, first in (("mma_m16n8k16 f16", 7), ("mma_m16n8k16 bf16", 7), ("mma_m16n8k8 f16", 4)):
         body = ptx[wrapper]
         before = body[: body.index("// begin inline asm")]
         loaded = dict(re.findall(r"ld\.param\.\w+\s+(%\w+), \[\w+_param_(\d+)\];", before))
         held = {target: loaded[origin] for target, origin in re.findall(r"mov\.\w+\s+(%\w+), (%\w+);", before)}
         registers = re.search(r"f32 \{(.*?)\}", body)
         assert registers is not None
-        assert [{**loaded, **held}[register] for register in registers[1].split(", ")] == [
-            "7",
-            "8",
-            "9",
-            "10",
-        ]
+        found = [int({**loaded, **held}[register]) for register in registers[1].split(", ")]
+        assert found == [*range(first, first + 4)]
 
 
 def test_every_wrapper_is_here():
