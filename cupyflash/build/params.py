@@ -27,6 +27,36 @@ TENSOR = np.dtype(
     align=True,
 )
 
+MASK = np.dtype(
+    [
+        ("data", np.uintp),
+        ("batch_strides", np.int64, (BATCH_AXES,)),
+        ("head_stride", np.int64),
+        ("row_stride", np.int64),
+        ("column_stride", np.int64),
+    ],
+    align=True,
+)
+
+SCORE_PARAMS = np.dtype(
+    [
+        ("float_mask", MASK),
+        ("bool_mask", MASK),
+        ("summary", MASK),
+        ("alibi_slopes", np.uintp),
+        ("sinks", np.uintp),
+        ("seed_data", np.uintp),
+        ("seed", np.uint64),
+        ("softcap", np.float64),
+        ("dropout_scale", np.float64),
+        ("dropout_threshold", np.uint32),
+        ("shift", np.int32),
+        ("alibi_batch_stride", np.int32),
+        ("sinks_are_float", np.int32),
+    ],
+    align=True,
+)
+
 FWD_PARAMS = np.dtype(
     [
         ("q", TENSOR),
@@ -50,6 +80,7 @@ FWD_PARAMS = np.dtype(
         ("num_splits", np.int32),
         ("lower", np.int32),
         ("upper", np.int32),
+        ("scores", SCORE_PARAMS),
     ],
     align=True,
 )
@@ -60,12 +91,14 @@ COMBINE_PARAMS = np.dtype(
         ("lse", np.uintp),
         ("partial_out", np.uintp),
         ("partial_lse", np.uintp),
+        ("sinks", np.uintp),
         ("batch_shape", np.int32, (BATCH_AXES,)),
         ("batch_size", np.int32),
         ("num_heads_q", np.int32),
         ("seqlen_q", np.int32),
         ("head_dim_v", np.int32),
         ("num_splits", np.int32),
+        ("sinks_are_float", np.int32),
     ],
     align=True,
 )
