@@ -23,9 +23,10 @@ __device__ __forceinline__ void normalize(float (&o_frag)[kOutTiles][4], RowStat
 }
 
 // The log-sum-exp of the warp's rows, natural logarithm: max_scale m + ln l; -inf without keys. lse_gmem is
-// that of row 0.
-__device__ __forceinline__ void store_lse(float* lse_gmem, const RowState& state, float max_scale, int row_begin,
-                                          int num_rows) {
+// the whole array, or that of all splits.
+template <class Config>
+__device__ __forceinline__ void store_lse(float* lse_gmem, const FwdParams& params, const FwdWork& work,
+                                          const RowState& state, float max_scale, int row_begin) {
   const int lane = isa::lane_index();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -33,8 +34,9 @@ __device__ __forceinline__ void store_lse(float* lse_gmem, const RowState& state
     const bool has_keys = state.row_sum[half] != 0.0f;
     const float lse = state.row_max[half] * max_scale + logf(state.row_sum[half]);
     // One of the row's four lanes writes.
-    if (lane % 4 == 0 && row < num_rows) {
-      isa::stg_4(lse_gmem + row, has_keys ? isa::float_bits(lse) : kNegativeInfinityBits);
+    if (lane % 4 == 0 && row < FwdWork::num_rows<Config>(params)) {
+      isa::stg_4(lse_gmem + work.place_of<Config>(params, row),
+                 has_keys ? isa::float_bits(lse) : kNegativeInfinityBits);
     }
   }
 }
@@ -43,18 +45,43 @@ __device__ __forceinline__ void store_lse(float* lse_gmem, const RowState& state
 // pieces of 16 bytes. Nobody else may be using those rows of the tile.
 template <class Config, class Tile, class Rows>
 __device__ __forceinline__ void store_out(const Rows& out, u32 tile_smem,
-                                          const float (&o_frag)[Config::kHeadDim / 8][4], int tile_row, int row_begin,
-                                          int num_rows) {
+                                          const float (&o_frag)[Config::kHeadDimV / 8][4], int tile_row, int row_begin,
+                                          int num_rows, int num_columns) {
   const int lane = isa::lane_index();
 #pragma unroll
-  for (int n = 0; n < Config::kHeadDim / 8; ++n) {
+  for (int n = 0; n < Config::kHeadDimV / 8; ++n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const u32 chunk_smem = Tile::chunk(tile_smem, tile_row + acc_row(lane, 2 * half), n);
-      const u32 pair = isa::pack(typename Config::Element(), o_frag[n][2 * half], o_frag[n][2 * half + 1]);
+      const u32 pair = pack_pair<Config>(o_frag[n][2 * half], o_frag[n][2 * half + 1]);
       isa::st_shared_4(chunk_smem + 2 * acc_column(lane, 0), pair);
     }
   }
   isa::sync_warp();  // the warp's other lanes have written what this one reads
-  store_warp_rows<Tile>(out, tile_smem, tile_row, row_begin, num_rows);
+  store_warp_rows<Tile>(out, tile_smem, tile_row, row_begin, num_rows, num_columns);
+}
+
+// The warp's rows of a split's O, as they are in the registers.
+template <class Config>
+__device__ __forceinline__ void store_partial_out(const FwdParams& params, const FwdWork& work,
+                                                  const float (&o_frag)[Config::kHeadDimV / 8][4], int row_begin) {
+  const int lane = isa::lane_index();
+  const bool rows_are_even = params.head_dim_v % 2 == 0;  // so that pairs lie at multiples of 8 bytes
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = row_begin + acc_row(lane, 2 * half);
+    if (row >= FwdWork::num_rows<Config>(params)) continue;
+    float* row_gmem = static_cast<float*>(params.partial_out) + work.place_of<Config>(params, row) * params.head_dim_v;
+#pragma unroll
+    for (int n = 0; n < Config::kHeadDimV / 8; ++n) {
+      const int column = 8 * n + acc_column(lane, 0);
+      const uint2 pair = {isa::float_bits(o_frag[n][2 * half]), isa::float_bits(o_frag[n][2 * half + 1])};
+      if (rows_are_even) {
+        if (column < params.head_dim_v) isa::stg_8(row_gmem + column, pair);
+      } else {
+        if (column < params.head_dim_v) isa::stg_4(row_gmem + column, pair.x);
+        if (column + 1 < params.head_dim_v) isa::stg_4(row_gmem + column + 1, pair.y);
+      }
+    }
+  }
 }

@@ -1,9 +1,11 @@
-// Forward attention for sm_80 and later: float16 and bfloat16, mma.sync and cp.async.
+// Forward attention on tensor cores with mma.sync: float16 and bfloat16 from sm_80 on, float16 on sm_75.
 //
 //     S = scale Q K^T,  P = softmax over the keys that take part,  O = P V,  lse = log of the sum of exp(S)
 //
-// FlashAttention-2 (T. Dao, 2023, arXiv 2307.08691), Algorithm 1: a block keeps one tile of queries and walks
-// over the keys from the last tile to the first, so that S and P never leave the registers.
+// FlashAttention-2 (T. Dao, 2023, arXiv 2307.08691), Algorithm 1: a block keeps one tile of rows and walks over
+// the keys from the last tile to the first, so that S and P never leave the registers. A row is a query, or one
+// of the queries of several heads (work.cuh); with splits, blocks share the keys of a tile of rows and leave
+// partial results, which another kernel joins.
 //
 //            keys ->   kBlockN   kBlockN             A warp owns 16 of the kBlockM rows, all columns of S
 //                     +---------+---------+          and all columns of O: the softmax needs no other warp.
@@ -12,27 +14,34 @@
 //     ..              |         |         |
 //                     +---------+---------+
 //
-// Shared memory, in tiles of kBlockN rows of kHeadDim elements:
+// Head dims E and Ev are padded with zeros to kHeadDim and kHeadDimV on their way into shared memory.
 //
-//     K0 | K1 | V        K is double-buffered, V is not: its copy has the time of Q K^T and of the softmax
-//          ^^^^^^^^      Q lies here until the warps have it in registers, before the first copy to K1 or V
-//     ^^^^^^^            O is staged here on its way out: after the last Q K^T nobody reads K
+// Shared memory, Q in registers:         Q read anew in every step (large head dims: O needs the registers):
 //
-// Registers per thread: O kHeadDim / 2, S kBlockN / 2, Q kHeadDim / 4, and P packed while O is updated.
+//     K0 | K1 | V                            Q | K0 | K1 | V
+//          ^^^^^^^^  Q on its way in
+//     ^^^^^^^        O on its way out        ^^^^^^^^^^^  O on its way out
+//
+// K is double-buffered, V is not: its copy has the time of Q K^T and of the softmax. Q lies in the place of K1 and
+// V until the warps have it in registers, before the first copy to either; O in that of Q and K, for after the last
+// Q K^T nobody reads these.
+//
+// Registers per thread: O kHeadDimV / 2, S kBlockN / 2, Q kHeadDim / 4 or none, and P packed while O is updated.
 //
 // Who waits for what (j is the tile of keys in hand):
 //
 //     event                      who waits               how                          what it protects
-//     Q arrived                  every warp              cp_async_wait, sync_threads  reading q_smem
-//     K(j) arrived               every warp, step's top  cp_async_wait, sync_threads  reading k_smem
+//     Q arrived (in registers)   every warp              cp_async_wait, sync_threads  reading q_smem
+//     K(j), Q arrived            every warp, step's top  cp_async_wait, sync_threads  reading k_smem, q_smem
 //     V(j+1), K(j+1) were read   copying V(j), K(j-1)    the same sync_threads        overwriting them
 //     Q was read (first step)    copying V(j), K(j-1)    the same sync_threads        overwriting q_smem
 //     V(j) arrived               every warp, mid-step    cp_async_wait, sync_threads  reading v_smem
-//     K(j) was read (last step)  staging O               the same sync_threads        overwriting k_smem
+//     K(j), Q were read (last)   staging O               the same sync_threads        overwriting k_smem, q_smem
 //     O staged                   the warp's own lanes    sync_warp                    reading o_smem
 //
-// Not supported: rows that do not start at multiples of 16 bytes; other head dims than 64 and 128 (any multiple
-// of 64 compiles); float masks, score modifications, dropout.
+// sm_75 has no cp.async: its copies are done when load_tile returns, and the sync_threads remain.
+//
+// Not supported: rows that do not start at multiples of 16 bytes; float masks, score modifications, dropout.
 #include "isa.cuh"
 #include "epilogue.cuh"
 #include "gemm.cuh"
@@ -41,40 +50,45 @@
 #include "work.cuh"
 
 struct Traits {
+  static constexpr bool kAsync = Config::kBaseline >= 80;
   static constexpr int kNumThreads = 32 * Config::kNumWarps;
   static constexpr int kScoreTiles = Config::kBlockN / 8;
-  static constexpr int kOutTiles = Config::kHeadDim / 8;
+  static constexpr int kOutTiles = Config::kHeadDimV / 8;
   using QTile = Tile<Config::kBlockM, Config::kHeadDim>;
   using KTile = Tile<Config::kBlockN, Config::kHeadDim>;
+  using VTile = Tile<Config::kBlockN, Config::kHeadDimV>;
+  using OutTile = Tile<Config::kBlockM, Config::kHeadDimV>;
 
   static_assert(Config::kBlockM == 16 * Config::kNumWarps, "a warp owns 16 rows of queries");
   static_assert(Config::kBlockN % 16 == 0, "P V goes over the keys in steps of 16");
-  static_assert(Config::kHeadDim % 64 == 0, "a row fills whole lines of 128 bytes");
-  static_assert(Config::kBlockM <= 2 * Config::kBlockN, "Q fits where K1 and V will be, O where K0 and K1 were");
 };
 
-// Addresses in shared memory; the picture above says when each is in use.
+// Addresses in shared memory; the picture above says when each is in use. Where K is narrow and V wide, O needs
+// more than the place of K, and where tiles of keys are small, Q more than that of K1 and V.
 struct SharedStorage {
-  static constexpr int kBytes = 3 * Traits::KTile::kBytes;
+  static constexpr int kFirstK = Config::kQInRegisters ? 0 : Traits::QTile::kBytes;
+  static constexpr int kQ = Config::kQInRegisters ? Traits::KTile::kBytes : 0;
+  static constexpr int kV = at_least(kFirstK + 2 * Traits::KTile::kBytes, Traits::OutTile::kBytes);
+  static constexpr int kBytes = at_least(kV + Traits::VTile::kBytes, kQ + Traits::QTile::kBytes);
 
   static __device__ __forceinline__ u32 k(int buffer) {
-    return isa::shared_base() + static_cast<u32>(buffer * Traits::KTile::kBytes);
+    return isa::shared_base() + static_cast<u32>(kFirstK + buffer * Traits::KTile::kBytes);
   }
-  static __device__ __forceinline__ u32 v() { return k(2); }
-  static __device__ __forceinline__ u32 q() { return k(1); }
-  static __device__ __forceinline__ u32 out() { return k(0); }
+  static __device__ __forceinline__ u32 v() { return isa::shared_base() + kV; }
+  static __device__ __forceinline__ u32 q() { return isa::shared_base() + kQ; }
+  static __device__ __forceinline__ u32 out() { return isa::shared_base(); }
 };
 static_assert(SharedStorage::kBytes == Config::kSharedBytes, "the launch asks for what the kernel uses");
 
 struct Forward {
   const FwdParams& params;
-  int row_begin;  // the first of the block's rows, in the sequence
+  int row_begin;  // the first of the block's rows
   int warp_row;   // the first of the warp's rows, in the tile
   HeadRows<u16> k;
   HeadRows<u16> v;
   float scale_log2;
 
-  u32 q_frag[Config::kHeadDim / 16][4];
+  QRows<Config, Traits::QTile> q;
   float o_frag[Traits::kOutTiles][4];
   RowState state;
 
@@ -85,6 +99,7 @@ struct Forward {
         k(head_rows<u16>(params, params.k, work.batch, work.head / params.group_size_k)),
         v(head_rows<u16>(params, params.v, work.batch, work.head / params.group_size_v)),
         scale_log2(static_cast<float>(params.scale) * kLog2E),
+        q{SharedStorage::q(), warp_row, {}},
         state(RowState::start()) {
 #pragma unroll
     for (int n = 0; n < Traits::kOutTiles; ++n) {
@@ -93,49 +108,56 @@ struct Forward {
     }
   }
 
-  // One group of copies: a tile of keys, or of values, into shared memory.
-  __device__ __forceinline__ void copy_tile(u32 tile_smem, const HeadRows<u16>& rows, int tile) {
-    load_tile<Traits::KTile, Traits::kNumThreads>(tile_smem, rows, tile * Config::kBlockN, params.seqlen_k);
-    isa::cp_async_commit();
+  // One group of copies each: a tile of keys, a tile of values.
+  __device__ __forceinline__ void copy_k(int buffer, int tile) {
+    const int first_key = tile * Config::kBlockN;
+    load_tile<Config, Traits::KTile>(SharedStorage::k(buffer), k, first_key, params.seqlen_k, params.head_dim);
+    if constexpr (Traits::kAsync) isa::cp_async_commit();
   }
 
-  // Q into registers, and the first tile of K under way: to buffer 0, since Q lies in buffer 1.
+  __device__ __forceinline__ void copy_v(int tile) {
+    const int first_key = tile * Config::kBlockN;
+    load_tile<Config, Traits::VTile>(SharedStorage::v(), v, first_key, params.seqlen_k, params.head_dim_v);
+    if constexpr (Traits::kAsync) isa::cp_async_commit();
+  }
+
+  // Q, and the first tile of K under way: to buffer 0, since Q may lie in buffer 1.
   __device__ __forceinline__ void load_q(const FwdWork& work, int first_tile) {
-    const auto q = work.rows_of<Config, u16>(params, params.q);
-    load_tile<Traits::QTile, Traits::kNumThreads>(SharedStorage::q(), q, row_begin, params.seqlen_q);
-    isa::cp_async_commit();
-    copy_tile(SharedStorage::k(0), k, first_tile);
-    isa::cp_async_wait<1>();
-    isa::sync_threads();  // Q has arrived, every thread's part of it
-#pragma unroll
-    for (int kk = 0; kk < Config::kHeadDim / 16; ++kk) {
-      load_a<Traits::QTile>(q_frag[kk], SharedStorage::q(), warp_row, kk);
+    const auto rows = work.rows_of<Config, u16>(params, params.q);
+    const int num_rows = FwdWork::num_rows<Config>(params);
+    load_tile<Config, Traits::QTile>(SharedStorage::q(), rows, row_begin, num_rows, params.head_dim);
+    if constexpr (Traits::kAsync) isa::cp_async_commit();
+    copy_k(0, first_tile);
+    if constexpr (Config::kQInRegisters) {
+      if constexpr (Traits::kAsync) isa::cp_async_wait<1>();
+      isa::sync_threads();  // Q has arrived, every thread's part of it
+      q.load();
     }
   }
 
   // One tile of keys. `step` counts from 0 and chooses K's buffer; the next tile is the one before this.
   template <bool kMasked>
   __device__ __forceinline__ void kv_step(int tile, int step, bool has_next) {
-    isa::cp_async_wait<0>();
+    if constexpr (Traits::kAsync) isa::cp_async_wait<0>();
     isa::sync_threads();  // K(tile) has arrived; K and V of the last step, and Q, have been read
-    copy_tile(SharedStorage::v(), v, tile);
+    copy_v(tile);
     if (has_next) {
-      copy_tile(SharedStorage::k((step + 1) % 2), k, tile - 1);
+      copy_k((step + 1) % 2, tile - 1);
     } else {
-      isa::cp_async_commit();  // an empty group, so that V's is the last but one in every step
+      if constexpr (Traits::kAsync) isa::cp_async_commit();  // so that V's group is the last but one in every step
     }
 
     float s_frag[Traits::kScoreTiles][4];
-    multiply_q_k<Config, Traits::KTile>(s_frag, q_frag, SharedStorage::k(step % 2));
+    multiply_q_k<Config, Traits::QTile, Traits::KTile>(s_frag, q, SharedStorage::k(step % 2));
     if constexpr (Config::kScaleFirst) scale_scores(s_frag, static_cast<float>(params.scale));
     if constexpr (kMasked) {
       mask_scores<Config>(s_frag, params, row_begin + warp_row, tile * Config::kBlockN);
     }
     online_softmax<Config::kScaleFirst>(s_frag, o_frag, state, scale_log2);
 
-    isa::cp_async_wait<1>();
+    if constexpr (Traits::kAsync) isa::cp_async_wait<1>();
     isa::sync_threads();  // V(tile) has arrived; all warps are done with K(tile)
-    accumulate_p_v<Config, Traits::KTile>(o_frag, s_frag, SharedStorage::v());
+    accumulate_p_v<Config, Traits::VTile>(o_frag, s_frag, SharedStorage::v());
   }
 
   __device__ __forceinline__ void finish() {
@@ -143,17 +165,22 @@ struct Forward {
     const FwdWork work = FwdWork::of_block<Config>(params);
     normalize(o_frag, state);
     const int row = row_begin + warp_row;
-    if (params.lse != nullptr) {
-      const long long head = static_cast<long long>(work.batch) * params.num_heads_q + work.head;
+    void* lse_gmem = Config::kSplit ? params.partial_lse : params.lse;
+    if (lse_gmem != nullptr) {
       const float max_scale = Config::kScaleFirst ? 1.0f : static_cast<float>(params.scale);
-      store_lse(static_cast<float*>(params.lse) + head * params.seqlen_q, state, max_scale, row, params.seqlen_q);
+      store_lse<Config>(static_cast<float*>(lse_gmem), params, work, state, max_scale, row);
     }
-    const auto out = work.rows_of<Config, u16>(params, params.out);
-    store_out<Config, Traits::QTile>(out, SharedStorage::out(), o_frag, warp_row, row, params.seqlen_q);
+    if constexpr (Config::kSplit) {
+      store_partial_out<Config>(params, work, o_frag, row);
+    } else {
+      const auto out = work.rows_of<Config, u16>(params, params.out);
+      const int num_rows = FwdWork::num_rows<Config>(params);
+      store_out<Config, Traits::OutTile>(out, SharedStorage::out(), o_frag, warp_row, row, num_rows, params.head_dim_v);
+    }
   }
 };
 
-extern "C" __global__ void __launch_bounds__(Traits::kNumThreads)
+extern "C" __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     flash_fwd_sm80(const __grid_constant__ FwdParams params) {
   const FwdWork work = FwdWork::of_block<Config>(params);
   Forward forward(params, work);

@@ -23,9 +23,6 @@ struct KeyTiles {
   int full_end;
 };
 
-__device__ __forceinline__ int at_least(int value, int bound) { return value < bound ? bound : value; }
-__device__ __forceinline__ int at_most(int value, int bound) { return value > bound ? bound : value; }
-
 template <class Config>
 __device__ __forceinline__ KeyTiles key_tiles(const FwdParams& params, const FwdWork& work) {
   constexpr int kN = Config::kBlockN;

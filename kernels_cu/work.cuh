@@ -4,6 +4,9 @@
 #include "isa.cuh"
 #include "params.cuh"
 
+__device__ __forceinline__ constexpr int at_least(int value, int bound) { return value < bound ? bound : value; }
+__device__ __forceinline__ constexpr int at_most(int value, int bound) { return value > bound ? bound : value; }
+
 // One head's rows; Storage is what an element takes in memory: u16, float, double.
 template <class Storage>
 struct HeadRows {
@@ -11,6 +14,12 @@ struct HeadRows {
   long long row_stride;
 
   __device__ __forceinline__ Storage* row(int row) const { return data + row * row_stride; }
+
+  // From an element of a row to that of the row `steps` further.
+  template <class Pointer>
+  __device__ __forceinline__ Pointer advance(Pointer element, int /*row*/, int steps) const {
+    return element + steps * row_stride;
+  }
 };
 
 // The rows of `pack` neighbouring heads as one matrix, query by query: row r is query r / pack of head r % pack.
@@ -23,6 +32,11 @@ struct PackedRows {
 
   __device__ __forceinline__ Storage* row(int row) const {
     return data + row % pack * head_stride + row / pack * row_stride;
+  }
+
+  template <class Pointer>
+  __device__ __forceinline__ Pointer advance(Pointer element, int from, int steps) const {
+    return element + (row(from + steps) - row(from));
   }
 };
 

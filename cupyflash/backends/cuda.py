@@ -23,7 +23,7 @@ from ..plan.device import DeviceSpec
 from ..plan.specs import KernelSpec
 from ..problem.problem import Buffers, Problem
 
-__all__ = ["CudaBackend"]
+__all__ = ["CudaBackend", "device_spec"]
 
 
 class CudaBackend:
@@ -44,11 +44,10 @@ class CudaBackend:
         """See `cupyflash.backends.registry.Backend`."""
         cupy, device = problem.namespace, buffers.query.device
         with device:
-            spec = _device_spec(cupy, device.id)
-            plan = choose(problem, spec)
+            plan = choose(problem, device_spec(cupy, device.id))
             operands = prepare(problem, plan, buffers, _address)
-            for launch, params in launches(problem, plan, operands, _address):
-                kernel = _kernel(cupy, launch.spec, spec, device.id)
+            for launch, params in launches(problem, plan, operands):
+                kernel = _kernel(cupy, launch.spec, device.id)
                 kernel(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes)
             if operands.out is not buffers.out:
                 buffers.out[...] = operands.out
@@ -70,7 +69,8 @@ def _address(array: Any) -> int:
 
 
 @lru_cache(maxsize=64)
-def _device_spec(cupy: Any, device_id: int) -> DeviceSpec:
+def device_spec(cupy: Any, device_id: int) -> DeviceSpec:
+    """What CuPy says of a device."""
     properties = cupy.cuda.runtime.getDeviceProperties(device_id)
     return DeviceSpec(
         name=properties["name"].decode(),
@@ -83,9 +83,9 @@ def _device_spec(cupy: Any, device_id: int) -> DeviceSpec:
 
 
 @lru_cache(maxsize=1024)
-def _kernel(cupy: Any, spec: KernelSpec, device: DeviceSpec, device_id: int) -> Any:
+def _kernel(cupy: Any, spec: KernelSpec, device_id: int) -> Any:
     """The kernel on the current device, loaded, with leave to use its shared memory: both are per device."""
-    binary = compile_cubin(render_kernel(spec), device.arch, default_cache())
+    binary = compile_cubin(render_kernel(spec), device_spec(cupy, device_id).arch, default_cache())
     kernel = cupy.RawModule(path=str(binary.path)).get_function(entry_of(spec))
     kernel.max_dynamic_shared_size_bytes = spec.shared_bytes
     return kernel

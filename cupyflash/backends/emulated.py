@@ -47,7 +47,7 @@ class EmulatorBackend:
         options = options_from(os.environ.get(_ENVIRONMENT, ""))
         plan = choose(problem, EMULATOR)
         operands = prepare(problem, plan, buffers, _address)
-        for launch, params in launches(problem, plan, operands, _address):
+        for launch, params in launches(problem, plan, operands):
             kernel = _kernel(launch.spec)
             kernel(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes, options=options)
         if operands.out is not buffers.out:

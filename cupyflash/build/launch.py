@@ -53,6 +53,7 @@ def _constants(spec: KernelSpec) -> dict[str, ConfigValue]:
         "kBlockM": spec.tile.block_m,
         "kBlockN": spec.tile.block_n,
         "kNumWarps": spec.tile.num_warps,
+        "kQInRegisters": spec.tile.q_in_registers,
         "kSharedBytes": spec.shared_bytes,
         "kHasLower": spec.features.has_lower,
         "kHasUpper": spec.features.has_upper,
@@ -72,84 +73,101 @@ class Operands(NamedTuple):
     lse: Any  # (*batch, Hq, L) contiguous, or None
     partial_out: Any  # (num_splits, *batch, Hq, L, Ev) accumulators, or None
     partial_lse: Any  # (num_splits, *batch, Hq, L), or None
+    # What of them goes into parameter blocks.
+    batch_shape: tuple[int, ...]  # BATCH_AXES of them
+    addresses: list[int]  # of the seven arrays, 0 for None
+    steps: list[Any]  # for each of the first four its strides in elements, as in a Tensor
 
 
 def prepare(problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[Any], int]) -> Operands:
     """The operands of a call: the arrays themselves, or a copy of one whose rows a kernel can't take.
 
     An `out` like that becomes a new array; the caller copies it back.  `address` gives an array's first byte.
-    """
-    xp = problem.namespace
-
-    # Strides of less than an element would leave the kernels' strides, which count elements, with a remainder.
-    alignment = max(plan.row_alignment, problem.element.storage.itemsize)
-
-    def fitting(array: Any, copy: Callable[[Any, Any], Any]) -> Any:
-        return array if _rows_fit(array, alignment, address) else copy(array, xp)
-
-    partial_out = partial_lse = None
-    if plan.num_splits > 1:
-        accumulator = problem.element.accumulator
-        partial_out = xp.empty((plan.num_splits, *buffers.out.shape), accumulator)
-        partial_lse = xp.empty(partial_out.shape[:-1], accumulator)
-    return Operands(
-        fitting(buffers.query, _copy),
-        fitting(buffers.key, _copy),
-        fitting(buffers.value, _copy),
-        fitting(buffers.out, lambda out, xp: _empty_rows(out.shape, out.dtype, xp)),
-        buffers.lse,
-        partial_out,
-        partial_lse,
-    )
-
-
-def launches(
-    problem: Problem, plan: Plan, operands: Operands, address: Callable[[Any], int]
-) -> Iterator[tuple[Launch, np.void]]:
-    """The plan's launches in order, each with its parameter block.
 
     Raises
     ------
     Unsupported
         The batch has more axes than a kernel carries, after joining those that lie behind one another in every array.
     """
+    itemsize = problem.element.storage.itemsize
+    # Strides of less than an element would leave the kernels' strides, which count elements, with a remainder.
+    alignment = max(plan.row_alignment, itemsize)
+    arrays = [buffers.query, buffers.key, buffers.value, buffers.out]
+    addresses = [address(array) for array in arrays]
+    steps: list[Any] = [_steps(array.shape, array.strides, itemsize, alignment) for array in arrays]
+    for i, array in enumerate(arrays):
+        if steps[i] is None or (addresses[i] % alignment and array.size):
+            make = _empty_rows_like if array is buffers.out else _copy
+            arrays[i] = array = make(array, problem.namespace)
+            addresses[i], steps[i] = address(array), _steps(array.shape, array.strides, itemsize, 1)
+
+    batch_shape = problem.batch_shape
+    if len(batch_shape) > BATCH_AXES:
+        batch_shape, steps = _join(batch_shape, tuple(steps))
+    partial_out = partial_lse = None
+    if plan.num_splits > 1:
+        accumulator, xp = problem.element.accumulator, problem.namespace
+        partial_out = xp.empty((plan.num_splits, *buffers.out.shape), accumulator)
+        partial_lse = xp.empty(partial_out.shape[:-1], accumulator)
+    for array in (buffers.lse, partial_out, partial_lse):
+        addresses.append(0 if array is None else address(array))
+    return Operands(
+        *(arrays[0], arrays[1], arrays[2], arrays[3]),
+        *(buffers.lse, partial_out, partial_lse),
+        (1,) * (BATCH_AXES - len(batch_shape)) + batch_shape,
+        addresses,
+        steps,
+    )
+
+
+def launches(problem: Problem, plan: Plan, operands: Operands) -> Iterator[tuple[Launch, np.void]]:
+    """The plan's launches in order, each with its parameter block."""
     for launch in plan.launches:
         if isinstance(launch.spec, FwdSpec):
-            yield launch, _forward_params(problem, plan, operands, address)
+            yield launch, _forward_params(problem, plan, operands)
         else:
-            yield launch, _combine_params(problem, plan, operands, address)
+            yield launch, _combine_params(problem, plan, operands)
 
 
-def _forward_params(problem: Problem, plan: Plan, operands: Operands, address: Callable[[Any], int]) -> np.void:
-    shape, tensors = _tensors(problem, operands[:4], address)
-    band = problem.band
+def _forward_params(problem: Problem, plan: Plan, operands: Operands) -> np.void:
+    query, key, value, out, *others = operands.addresses
+    query_steps, key_steps, value_steps, out_steps = operands.steps
+    num_heads_q, seqlen_q, seqlen_k, band = problem.num_heads_q, problem.seqlen_q, problem.seqlen_k, problem.band
     return pack_forward(
-        *tensors,
-        *_addresses(operands, address),
+        query,
+        *query_steps,
+        key,
+        *key_steps,
+        value,
+        *value_steps,
+        out,
+        *out_steps,
+        *others,
         problem.scale,
-        *shape,
+        *operands.batch_shape,
         problem.batch_size,
-        problem.num_heads_q,
-        problem.num_heads_q // problem.num_heads_k,
-        problem.num_heads_q // problem.num_heads_v,
+        num_heads_q,
+        num_heads_q // problem.num_heads_k,
+        num_heads_q // problem.num_heads_v,
         plan.pack,
-        problem.seqlen_q,
-        problem.seqlen_k,
+        seqlen_q,
+        seqlen_k,
         problem.head_dim,
         problem.head_dim_v,
         plan.num_splits,
         # The kernel may look at a bound that the band lacks: then at one that removes nothing.
-        -problem.seqlen_q if band.lower is None else band.lower,
-        problem.seqlen_k if band.upper is None else band.upper,
+        -seqlen_q if band.lower is None else band.lower,
+        seqlen_k if band.upper is None else band.upper,
     )
 
 
-def _combine_params(problem: Problem, plan: Plan, operands: Operands, address: Callable[[Any], int]) -> np.void:
-    shape, tensors = _tensors(problem, (operands.out,), address)
+def _combine_params(problem: Problem, plan: Plan, operands: Operands) -> np.void:
+    _, _, _, out, *others = operands.addresses
     return pack_combine(
-        *tensors,
-        *_addresses(operands, address),
-        *shape,
+        out,
+        *operands.steps[3],
+        *others,
+        *operands.batch_shape,
         problem.batch_size,
         problem.num_heads_q,
         problem.seqlen_q,
@@ -158,37 +176,30 @@ def _combine_params(problem: Problem, plan: Plan, operands: Operands, address: C
     )
 
 
-def _addresses(operands: Operands, address: Callable[[Any], int]) -> list[int]:
-    """Of lse and the partial results; 0 for what is not there."""
-    return [0 if array is None else address(array) for array in operands[4:]]
+@lru_cache(maxsize=2048)
+def _steps(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, alignment: int) -> tuple[int, ...] | None:
+    """Elements between entries along each batch axis, of which there are BATCH_AXES at least, between heads, rows.
 
-
-def _tensors(
-    problem: Problem, arrays: tuple[Any, ...], address: Callable[[Any], int]
-) -> tuple[tuple[int, ...], list[int]]:
-    """The batch's joined axes, and the numbers of a Tensor for each array (*batch, head, row, element)."""
-    itemsize = problem.element.storage.itemsize
-    all_strides = [array.strides for array in arrays]
-    shape, batch_strides = _batch_axes(problem.batch_shape, tuple([strides[:-3] for strides in all_strides]), itemsize)
-    numbers = []
-    for array, outer, strides in zip(arrays, batch_strides, all_strides, strict=True):
-        num_heads, num_rows, _ = array.shape[-3:]
-        numbers += [
-            address(array),
-            *outer,
-            strides[-3] // itemsize if num_heads != 1 else 0,
-            strides[-2] // itemsize if num_rows != 1 else 0,
-        ]
-    return shape, numbers
+    None if an element of a row does not follow the one before it, or if not all rows begin at multiples of `alignment`
+    bytes where the first does.
+    """
+    steps = [0 if n == 1 else stride for n, stride in zip(shape[:-1], strides[:-1], strict=True)]
+    if 0 not in shape:  # else nothing is read
+        if strides[-1] != itemsize and shape[-1] != 1:
+            return None
+        for step in steps:
+            if step % alignment:
+                return None
+    return (0,) * (BATCH_AXES + 2 - len(steps)) + tuple([step // itemsize for step in steps])
 
 
 @lru_cache(maxsize=512)
-def _batch_axes(
-    batch_shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], itemsize: int
-) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """The joined batch axes and each array's strides along them in elements, filled up to BATCH_AXES in front."""
-    strides = tuple([_without_unit_axes(batch_shape, one) for one in strides])
-    ranges = joinable_axes(batch_shape, strides)
+def _join(
+    batch_shape: tuple[int, ...], steps: tuple[tuple[int, ...], ...]
+) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """The batch's shape, and each array's steps, after joining the axes that can be joined."""
+    rank = len(batch_shape)
+    ranges = joinable_axes(batch_shape, [step[:rank] for step in steps])
     shape = join(batch_shape, ranges)
     missing = BATCH_AXES - len(shape)
     if missing < 0:
@@ -201,31 +212,8 @@ def _batch_axes(
         )
     # A joined axis steps as its innermost axis longer than 1 does.
     inner = [max((a for a in range(*axes) if batch_shape[a] > 1), default=axes[0]) for axes in ranges]
-    joined = tuple([_in_elements((0,) * missing + tuple([one[axis] for axis in inner]), itemsize) for one in strides])
-    return (1,) * missing + shape, joined
-
-
-def _without_unit_axes(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple([0 if n == 1 else stride for n, stride in zip(shape, strides, strict=True)])
-
-
-def _in_elements(strides: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    return tuple([stride // itemsize for stride in strides])
-
-
-def _rows_fit(array: Any, alignment: int, address: Callable[[Any], int]) -> bool:
-    return _layout_fits(array.shape, array.strides, array.itemsize, alignment) and (
-        address(array) % alignment == 0 or array.size == 0
-    )
-
-
-@lru_cache(maxsize=2048)
-def _layout_fits(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, alignment: int) -> bool:
-    if 0 in shape:  # nothing is read
-        return True
-    if strides[-1] != itemsize and shape[-1] != 1:
-        return False
-    return not any(stride % alignment for n, stride in zip(shape[:-1], strides, strict=False) if n != 1)
+    front = (0,) * missing
+    return shape, [front + tuple([step[axis] for axis in inner]) + step[rank:] for step in steps]
 
 
 def _copy(array: Any, xp: Any) -> Any:
@@ -234,6 +222,10 @@ def _copy(array: Any, xp: Any) -> Any:
     copy = _empty_rows(once.shape, once.dtype, xp)
     copy[...] = once
     return xp.broadcast_to(copy, array.shape)
+
+
+def _empty_rows_like(array: Any, xp: Any) -> Any:
+    return _empty_rows(array.shape, array.dtype, xp)
 
 
 def _empty_rows(shape: tuple[int, ...], dtype: Any, xp: Any) -> Any:

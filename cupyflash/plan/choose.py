@@ -118,9 +118,10 @@ def refusals(problem: Problem) -> list[str]:
     """What the problem asks and no kernel does on any device, one sentence each; empty if some kernel can run it."""
     reasons = list(_refused(_asked_of(problem)))
     seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
-    for name, length in (("L", seqlen_q), ("S", seqlen_k)):
-        if length > _MAX_LENGTH:
-            reasons.append(f"it takes lengths up to {_MAX_LENGTH}, but {name} was {length}")
+    if seqlen_q > _MAX_LENGTH:
+        reasons.append(f"it takes lengths up to {_MAX_LENGTH}, but L was {seqlen_q}")
+    if seqlen_k > _MAX_LENGTH:
+        reasons.append(f"it takes lengths up to {_MAX_LENGTH}, but S was {seqlen_k}")
     # At one row a tile: no tile makes more blocks.
     if problem.batch_size * problem.num_heads_q * seqlen_q > _MAX_BLOCKS and _most_tiles(problem) > _MAX_BLOCKS:
         reasons.append(f"it takes up to {_MAX_BLOCKS} tiles of queries, and these are more")

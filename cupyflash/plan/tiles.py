@@ -17,14 +17,18 @@ __all__ = ["FAMILIES", "HEAD_DIMS", "TILES", "Family", "TileConfig", "TileRow", 
 @hash_once
 @dataclass(frozen=True)
 class TileConfig:
-    """The part of the score matrix that a block works on at a time: block_m rows of queries by block_n keys."""
+    """The part of the score matrix that a block works on at a time: block_m rows of queries by block_n keys.
+
+    Without `q_in_registers` a block reads its queries from shared memory again for every tile of keys.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
+    q_in_registers: bool = True
 
     def __str__(self) -> str:
-        return f"m{self.block_m}n{self.block_n}w{self.num_warps}"
+        return f"m{self.block_m}n{self.block_n}w{self.num_warps}{'' if self.q_in_registers else 'q'}"
 
 
 @dataclass(frozen=True)
@@ -78,18 +82,23 @@ def _sm80_rules(tile: TileConfig) -> list[str]:
     rules = []
     if tile.block_m != 16 * tile.num_warps:
         rules.append(f"a warp owns 16 queries, so {tile.num_warps} warps need m{16 * tile.num_warps}")
-    if tile.block_n % 16 or tile.block_m > 2 * tile.block_n:
-        rules.append("n must be a multiple of 16 and at least half of m")
+    if tile.block_n % (4 * tile.num_warps):
+        rules.append(f"the block copies {4 * tile.num_warps} keys at a time, so n must be a multiple of that")
     return rules
 
 
+def _sm80_shared_bytes(tile: TileConfig, head_dim: int, head_dim_v: int, itemsize: int) -> int:
+    """As laid out in fwd_sm80.cu: Q, if it stays there, K twice, V; O in the place of Q and K."""
+    q, out = (itemsize * tile.block_m * dim for dim in (head_dim, head_dim_v))
+    k, v = (itemsize * tile.block_n * dim for dim in (head_dim, head_dim_v))
+    if tile.q_in_registers:
+        return max(max(2 * k, out) + v, k + q)
+    return max(q + 2 * k, out) + v
+
+
 FAMILIES: dict[str, Family] = {
-    # Two tiles of K and one of V; Q and O lie in their place.  cp.async copies 16 bytes at a time.
-    "fwd_sm80": Family(
-        lambda tile, head_dim, head_dim_v, itemsize: tile.block_n * (2 * head_dim + head_dim_v) * itemsize,
-        _sm80_rules,
-        lambda itemsize: 16,
-    ),
+    # Copies are of 16 bytes at a time.
+    "fwd_sm80": Family(_sm80_shared_bytes, _sm80_rules, lambda itemsize: 16, packs=True, splits=False),
 }
 
 #: What head dims are padded to.

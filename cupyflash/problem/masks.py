@@ -24,7 +24,7 @@ import numpy as np
 
 from ..hashing import hash_once
 
-__all__ = ["Band", "band", "check_align", "check_window"]
+__all__ = ["Band", "band", "check_align", "check_window", "checked_band"]
 
 # Shifts beyond the index range of the kernels (int32) are refused, so that no backend has to widen.
 _MAX_SHIFT = 2**31
@@ -84,11 +84,17 @@ def band(
     ValueError
         a window side below -1, an align string that is not known, an align outside the int32 range.
     """
-    align = check_align(align)
-    shift = align if isinstance(align, int) else seqlen_k - seqlen_q if align == "bottom_right" else 0
-    left, right = check_window(window)
     if not isinstance(is_causal, (bool, np.bool_)):
         raise TypeError(f"is_causal must be a bool, but was {is_causal!r}")
+    return checked_band(bool(is_causal), check_window(window), check_align(align), seqlen_q, seqlen_k)
+
+
+def checked_band(
+    is_causal: bool, window: tuple[int | None, int | None], align: str | int, seqlen_q: int, seqlen_k: int
+) -> tuple[Band, int]:
+    """`band` of arguments that have been checked."""
+    shift = seqlen_k - seqlen_q if align == "bottom_right" else 0 if align == "top_left" else int(align)
+    left, right = window
     if is_causal:
         right = 0 if right is None else min(right, 0)
     lower = None if left is None else min(shift - left, seqlen_k)

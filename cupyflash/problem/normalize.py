@@ -34,7 +34,7 @@ from .checks import (
     split_mask,
 )
 from .dtypes import DTYPES
-from .masks import Band, band, check_align, check_window
+from .masks import Band, check_align, check_window, checked_band
 from .mods import MaskMod, ScoreMod
 from .philox import check_dropout_p
 from .problem import Buffers, Problem
@@ -90,7 +90,7 @@ def normalize(
     seed = None if seed is None else check_seed_array(seed, query)
     query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
     check_lengths(query_shape, key_shape, value_shape)
-    asked = _Asked(
+    asked = (
         library,
         dtype.name,
         query_shape[:-2],
@@ -106,7 +106,7 @@ def normalize(
         check_flag("is_causal", is_causal),
         check_scale(scale),
         check_flag("enable_gqa", enable_gqa),
-        None if window is None else check_window(window),
+        check_window(window),
         check_align(align),
         check_softcap(softcap),
         check_dropout_p(dropout_p),
@@ -116,14 +116,14 @@ def normalize(
     )
     described = _KNOWN.get(asked)
     if described is None:
-        described = _describe(asked, query_shape, key_shape, value_shape)
-    problem, shapes = _with_lengths(
-        described,
-        query_shape[-2],
-        key_shape[-2],
-        None if float_mask is None else float_mask.shape,
-        None if bool_mask is None else bool_mask.shape,
-    )
+        described = _describe(_Asked(*asked), query_shape, key_shape, value_shape)
+    problem = _with_lengths(described, query_shape[-2], key_shape[-2])
+    out_shape = (*described.query_lead, problem.seqlen_q, problem.head_dim_v)
+    returned_shape = out_shape if problem.has_head_axis else out_shape[1:]
+    if float_mask is not None:
+        float_mask = float_mask.reshape(_mask_shape(float_mask.shape, described, problem))
+    if bool_mask is not None:
+        bool_mask = bool_mask.reshape(_mask_shape(bool_mask.shape, described, problem))
     xp = problem.namespace
     if library != "numpy":
         check_devices(query, key, value, float_mask, bool_mask, alibi_slopes, sinks, out)
@@ -139,27 +139,29 @@ def normalize(
             "alibi_slopes": alibi_slopes,
             "sinks": sinks,
         }
-        check_out(out, shapes.returned, query, inputs, xp)
+        check_out(out, returned_shape, query, inputs, xp)
 
-    returned = xp.empty(shapes.returned, query.dtype) if out is None else out
+    returned = xp.empty(returned_shape, query.dtype) if out is None else out
     canonical_out = plain_array(returned)
     if not problem.has_head_axis:
         canonical_out = canonical_out[None]
     accumulator, weights_stage = dtype.accumulator, problem.weights_stage
     buffers = Buffers(
-        query=_broadcast(query, shapes.query, xp),
-        key=_broadcast(key, shapes.key, xp),
-        value=_broadcast(value, shapes.value, xp),
-        float_mask=None if float_mask is None else float_mask.reshape(shapes.float_mask),
-        bool_mask=None if bool_mask is None else bool_mask.reshape(shapes.bool_mask),
+        query=_broadcast(query, described.query_lead, xp),
+        key=_broadcast(key, described.key_lead, xp),
+        value=_broadcast(value, described.value_lead, xp),
+        float_mask=float_mask,
+        bool_mask=bool_mask,
         alibi_slopes=alibi_slopes[None] if alibi_slopes is not None and alibi_slopes.ndim == 1 else alibi_slopes,
         sinks=sinks,
         score_mod=score_mod,
         mask_mod=mask_mod,
         seed=seed,
         out=canonical_out,
-        lse=xp.empty(shapes.out[:-1], accumulator) if return_lse else None,
-        weights=xp.empty(shapes.weights, query.dtype if weights_stage in ("softmax", "dropout") else accumulator)
+        lse=xp.empty(out_shape[:-1], accumulator) if return_lse else None,
+        weights=xp.empty(
+            (*out_shape[:-1], problem.seqlen_k), query.dtype if weights_stage in ("softmax", "dropout") else accumulator
+        )
         if weights_stage
         else None,
         returned=returned,
@@ -200,7 +202,7 @@ class _Asked(NamedTuple):
     is_causal: bool
     scale: float | None
     enable_gqa: bool
-    window: tuple[int | None, int | None] | None
+    window: tuple[int | None, int | None]
     align: str | int
     softcap: float
     dropout_p: float
@@ -215,11 +217,13 @@ class _Described:
 
     asked: _Asked
     problem: Problem  # but for its lengths, band and shift
-    lead: tuple[int, ...]  # leading axes of the output
-    score_lead: tuple[int, ...]  # and of the scores
+    query_lead: tuple[int, ...]  # leading axes in the canonical layout
+    key_lead: tuple[int, ...]
+    value_lead: tuple[int, ...]
+    score_lead: tuple[int, ...]  # of the scores, as the caller sees them
 
 
-_KNOWN: dict[_Asked, _Described] = {}
+_KNOWN: dict[tuple[Any, ...], _Described] = {}
 _MOST_KNOWN = 512
 
 
@@ -229,16 +233,7 @@ def _describe(asked: _Asked, query: tuple[int, ...], key: tuple[int, ...], value
     num_heads_q, num_heads_k, num_heads_v = heads
     batch = lead[:-1]
     head_dim, _, head_dim_v = asked.head_dims
-    slopes, sinks = asked.alibi_slopes, asked.sinks
-    if slopes is not None and slopes not in ((num_heads_q,), (math.prod(batch), num_heads_q)):
-        raise ValueError(
-            f"alibi_slopes must have shape {(num_heads_q,)} or {(math.prod(batch), num_heads_q)} "
-            f"([batch,] query heads), but had shape {slopes}"
-        )
-    if sinks is not None and sinks != (num_heads_q,):
-        raise ValueError(f"sinks must have shape {(num_heads_q,)} (query heads), but had shape {sinks}")
-
-    scale = asked.scale
+    slopes, sinks, scale = asked.alibi_slopes, asked.sinks, asked.scale
     problem = Problem(
         library=asked.library,
         dtype=asked.dtype,
@@ -266,52 +261,41 @@ def _describe(asked: _Asked, query: tuple[int, ...], key: tuple[int, ...], value
         return_lse=asked.return_lse,
         weights_stage=asked.weights_stage,
     )
+    batch_size = problem.batch_size  # kept, with the fields, by problems of other lengths
+    if slopes is not None and slopes not in ((num_heads_q,), (batch_size, num_heads_q)):
+        raise ValueError(
+            f"alibi_slopes must have shape {(num_heads_q,)} or {(batch_size, num_heads_q)} "
+            f"([batch,] query heads), but had shape {slopes}"
+        )
+    if sinks is not None and sinks != (num_heads_q,):
+        raise ValueError(f"sinks must have shape {(num_heads_q,)} (query heads), but had shape {sinks}")
+
     if len(_KNOWN) >= _MOST_KNOWN:
         _KNOWN.clear()
-    described = _KNOWN[asked] = _Described(asked, problem, lead, score_lead)
+    described = _KNOWN[asked] = _Described(
+        asked, problem, (*batch, num_heads_q), (*batch, num_heads_k), (*batch, num_heads_v), score_lead
+    )
     return described
 
 
-class _Shapes(NamedTuple):
-    query: tuple[int, ...]
-    key: tuple[int, ...]
-    value: tuple[int, ...]
-    out: tuple[int, ...]
-    weights: tuple[int, ...]
-    returned: tuple[int, ...]
-    float_mask: tuple[int, ...]
-    bool_mask: tuple[int, ...]
-
-
 @lru_cache(maxsize=512)
-def _with_lengths(
-    described: _Described,
-    seqlen_q: int,
-    seqlen_k: int,
-    float_mask: tuple[int, ...] | None,
-    bool_mask: tuple[int, ...] | None,
-) -> tuple[Problem, _Shapes]:
-    asked, problem = described.asked, described.problem
-    diagonals, shift = band(asked.is_causal, asked.window, asked.align, seqlen_q, seqlen_k)
-    problem = problem.with_lengths(seqlen_q, seqlen_k, diagonals, shift)
-    batch, num_heads_q, head_dim_v = problem.batch_shape, problem.num_heads_q, problem.head_dim_v
-    scores, rank = (*described.score_lead, seqlen_q, seqlen_k), len(batch) + 3
-    shapes = _Shapes(
-        (*batch, num_heads_q, seqlen_q, problem.head_dim),
-        (*batch, problem.num_heads_k, seqlen_k, problem.head_dim),
-        (*batch, problem.num_heads_v, seqlen_k, head_dim_v),
-        (*batch, num_heads_q, seqlen_q, head_dim_v),
-        (*batch, num_heads_q, seqlen_q, seqlen_k),
-        (*described.lead, seqlen_q, head_dim_v),
-        () if float_mask is None else mask_shape(float_mask, scores, rank),
-        () if bool_mask is None else mask_shape(bool_mask, scores, rank),
-    )
-    return problem, shapes
+def _with_lengths(described: _Described, seqlen_q: int, seqlen_k: int) -> Problem:
+    asked = described.asked
+    diagonals, shift = checked_band(asked.is_causal, asked.window, asked.align, seqlen_q, seqlen_k)
+    return described.problem.with_lengths(seqlen_q, seqlen_k, diagonals, shift)
 
 
-def _broadcast(array: Any, shape: tuple[int, ...], xp: Any) -> Any:
-    if array.shape == shape:
+def _mask_shape(shape: tuple[int, ...], described: _Described, problem: Problem) -> tuple[int, ...]:
+    scores = (*described.score_lead, problem.seqlen_q, problem.seqlen_k)
+    return mask_shape(shape, scores, len(described.query_lead) + 2)
+
+
+def _broadcast(array: Any, lead: tuple[int, ...], xp: Any) -> Any:
+    """The array with those leading axes."""
+    shape = array.shape
+    if shape[:-2] == lead:
         return array
+    shape = (*lead, *shape[-2:])
     missing = len(shape) - array.ndim
     if shape == (1,) * missing + array.shape:
         return array.reshape(shape)

@@ -64,7 +64,7 @@ class Problem:
         kept["seqlen_q"], kept["seqlen_k"], kept["band"], kept["shift"] = seqlen_q, seqlen_k, band, shift
         return other
 
-    @cached_property
+    @property
     def element(self) -> DType:
         """The table's row for the inputs' dtype."""
         return dtype_named(self.dtype)

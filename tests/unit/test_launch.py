@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 from typing import Any
 
@@ -12,6 +13,7 @@ import cupyflash
 from cupyflash.backends.emulated import options_from
 from cupyflash.backends.emulator import Options
 from cupyflash.build.launch import launches, prepare
+from cupyflash.build.params import COMBINE_PARAMS, FWD_PARAMS, pack_combine, pack_forward
 from cupyflash.plan.choose import choose
 from cupyflash.plan.device import EMULATOR
 from cupyflash.problem.normalize import normalize
@@ -28,7 +30,7 @@ def params_of(query: np.ndarray, key: np.ndarray, value: np.ndarray, **arguments
     problem, buffers = normalize(query, key, value, **arguments)
     plan = choose(problem, EMULATOR)
     operands = prepare(problem, plan, buffers, address)
-    ((_, params),) = launches(problem, plan, operands, address)
+    ((_, params),) = launches(problem, plan, operands)
     return params
 
 
@@ -36,11 +38,48 @@ def half(*shape: int) -> np.ndarray:
     return np.ones(shape, np.float16)
 
 
-def test_axes_that_lie_behind_one_another_become_one() -> None:
+def test_up_to_four_batch_axes_are_carried_as_they_are() -> None:
     params = params_of(half(2, 3, 4, 5, 64), half(2, 3, 4, 7, 64), half(2, 3, 4, 7, 64))
-    assert params["batch_shape"].tolist() == [1, 1, 1, 6]
-    assert params["q"]["batch_strides"].tolist() == [0, 0, 0, 4 * 5 * 64]
-    assert params["v"]["batch_strides"].tolist() == [0, 0, 0, 4 * 7 * 64]
+    assert params["batch_shape"].tolist() == [1, 1, 2, 3]
+    assert params["q"]["batch_strides"].tolist() == [0, 0, 3 * 4 * 5 * 64, 4 * 5 * 64]
+    assert params["v"]["batch_strides"].tolist() == [0, 0, 3 * 4 * 7 * 64, 4 * 7 * 64]
+    assert (params["q"]["head_stride"], params["q"]["row_stride"]) == (5 * 64, 64)
+
+
+def test_of_more_axes_those_that_lie_behind_one_another_become_one() -> None:
+    params = params_of(half(2, 3, 1, 2, 2, 4, 5, 64), half(2, 3, 1, 2, 2, 4, 7, 64), half(2, 1, 1, 2, 2, 4, 7, 64))
+    assert params["batch_shape"].tolist() == [1, 2, 3, 4]
+    assert params["q"]["batch_strides"].tolist() == [0, 12 * 4 * 5 * 64, 4 * 4 * 5 * 64, 4 * 5 * 64]
+    assert params["v"]["batch_strides"].tolist() == [0, 4 * 4 * 7 * 64, 0, 4 * 7 * 64]
+
+
+def numbers_of(block: Any) -> list[Any]:
+    """Every number of a block, in the order of the fields."""
+    if isinstance(block, np.void):
+        return [number for name in block.dtype.names or () for number in numbers_of(block[name])]
+    return np.ravel(block).tolist()
+
+
+@pytest.mark.parametrize(("structure", "pack"), [(FWD_PARAMS, pack_forward), (COMBINE_PARAMS, pack_combine)])
+def test_a_block_has_the_bytes_that_numpy_gives_it(structure: Any, pack: Any) -> None:
+    expected = np.zeros(1, structure)  # padding is zero in both
+    numbers = iter(range(1, 1000))
+
+    def fill(block: Any, structure: Any) -> None:
+        for name in structure.names:
+            field = structure[name]
+            if field.names:
+                fill(block[name], field)
+            else:
+                block[name] = np.reshape([next(numbers) for _ in range(np.prod(field.shape, dtype=int))], field.shape)
+
+    fill(expected[0], structure)
+    block = pack(*numbers_of(expected[0]))
+    assert isinstance(block, np.void)
+    assert block.dtype == structure
+    assert block.tobytes() == expected.tobytes()
+    with pytest.raises(struct.error):
+        pack(*numbers_of(expected[0])[:-1])
 
 
 def test_axes_that_broadcast_keep_their_place() -> None:
