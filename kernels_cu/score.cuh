@@ -9,7 +9,7 @@
 // Masks are read where they lie, element by element, with whatever strides they have: an L x S array is never
 // made of a smaller one. Config says what there is:
 //
-//     FloatMask           the float mask's elements: Float16, BFloat16, float, double; NoMask
+//     FloatMask           the float mask's elements: Float16, BFloat16, float, double, or NoMask
 //     kHasBoolMask
 //     kChangesScores      softcap and ALiBi, which are told apart at run time
 //     kDropout
@@ -19,11 +19,19 @@
 #include "mask.cuh"
 #include "philox.cuh"
 
-struct NoMask {};
+template <class FloatMask>
+struct MaskTraits : ElementTraits<FloatMask> {
+  static constexpr bool kExists = true;
+};
+template <>
+struct MaskTraits<NoMask> {
+  static constexpr bool kExists = false;
+  using Storage = u8;
+};
 
 template <class Config>
 struct ScoreFeatures {
-  static constexpr bool kHasFloatMask = !IsSame<typename Config::FloatMask, NoMask>::kValue;
+  static constexpr bool kHasFloatMask = MaskTraits<typename Config::FloatMask>::kExists;
   // The scores are more than scale q k and the band.
   static constexpr bool kAny = kHasFloatMask || Config::kHasBoolMask || Config::kChangesScores;
   static_assert(Config::kScaleFirst || !kAny, "what is added to scores is not scaled");
@@ -31,7 +39,7 @@ struct ScoreFeatures {
 
 // The first element of a query's row of an array over scores.
 template <class Storage>
-__device__ __forceinline__ const Storage* mask_row(const FwdParams& params, const Mask& mask, int batch, int head,
+__device__ __forceinline__ const Storage* row_of_mask(const FwdParams& params, const Mask& mask, int batch, int head,
                                                    int row) {
   long long offset = head * mask.head_stride + row * mask.row_stride;
 #pragma unroll
@@ -45,12 +53,11 @@ __device__ __forceinline__ const Storage* mask_row(const FwdParams& params, cons
 // One query's scores. Keys beyond the sequence are not looked up; their scores are whatever they were.
 template <class Config>
 struct ScoreRow {
-  using Element = typename Config::Element;
-  using FloatMask = typename Config::FloatMask;
-  using Real = typename Accumulator<Element>::Type;
+  using FloatMask = MaskTraits<typename Config::FloatMask>;
+  using Real = typename ElementTraits<typename Config::Element>::Accumulator;
 
   const FwdParams& params;
-  const typename Storage<FloatMask>::Type* float_mask;
+  const typename FloatMask::Storage* float_mask;
   const u8* bool_mask;
   Real slope;
   int position;  // of the query on the axis of keys
@@ -60,10 +67,10 @@ struct ScoreRow {
     const ScoreParams& scores = params.scores;
     query = at_most(query, params.seqlen_q - 1);
     if constexpr (ScoreFeatures<Config>::kHasFloatMask) {
-      float_mask = mask_row<typename Storage<FloatMask>::Type>(params, scores.float_mask, batch, head, query);
+      float_mask = row_of_mask<typename FloatMask::Storage>(params, scores.float_mask, batch, head, query);
     }
     if constexpr (Config::kHasBoolMask) {
-      bool_mask = mask_row<u8>(params, scores.bool_mask, batch, head, query);
+      bool_mask = row_of_mask<u8>(params, scores.bool_mask, batch, head, query);
     }
     if constexpr (Config::kChangesScores) {
       position = query + scores.shift;
@@ -77,19 +84,19 @@ struct ScoreRow {
   // From q k to what the softmax is taken of.
   __device__ __forceinline__ Real operator()(Real score, int key) const {
     const ScoreParams& scores = params.scores;
-    const Real minus_infinity = Limits<Real>::minus_infinity();
+    const Real minus_infinity = negative_infinity();
     const bool exists = key < params.seqlen_k;
     bool removed = false;
     if constexpr (Config::kChangesScores) {
       removed = score == minus_infinity;
       if (scores.softcap != 0.0) {
         const Real softcap = static_cast<Real>(scores.softcap);
-        score = softcap * tanh_of(score / softcap);
+        score = softcap * hyperbolic_tangent(score / softcap);
       }
     }
     if constexpr (ScoreFeatures<Config>::kHasFloatMask) {
       if (exists) {
-        const Real bias = static_cast<Real>(load<FloatMask>(float_mask + key * scores.float_mask.column_stride));
+        const Real bias = FloatMask::load(float_mask + key * scores.float_mask.column_stride);
         removed = removed || score == minus_infinity || bias == minus_infinity;
         score += bias;
       }
@@ -114,11 +121,18 @@ struct WithSink {
 
 template <class Real>
 __device__ __forceinline__ WithSink<Real> add_sink(Real lse, Real sink) {
-  const Real minus_infinity = Limits<Real>::minus_infinity();
+  const Real minus_infinity = negative_infinity();
   if (sink == minus_infinity) return {lse, 1};
   if (lse == minus_infinity) return {sink, 0};
-  const Real larger = lse < sink ? sink : lse;
-  return {larger + log_of(exp_of(lse - larger) + exp_of(sink - larger)), 1 / (1 + exp_of(sink - lse))};
+  const Real shift = larger(lse, sink);
+  const Real sum = exponential(lse - shift) + exponential(sink - shift);
+  return {shift + natural_log(sum), exponential(lse - shift) / sum};
+}
+
+template <class Element, class Real>
+__device__ __forceinline__ Real sink_of(const void* sinks, bool are_float, int head) {
+  if (are_float) return ElementTraits<float>::load(static_cast<const float*>(sinks) + head);
+  return ElementTraits<Element>::load(static_cast<const typename ElementTraits<Element>::Storage*>(sinks) + head);
 }
 
 __device__ __forceinline__ u64 dropout_seed(const ScoreParams& scores) {
