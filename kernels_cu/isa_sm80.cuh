@@ -37,6 +37,14 @@ __device__ __forceinline__ int grid_size_z() { return static_cast<int>(gridDim.z
 __device__ __forceinline__ u32 float_bits(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ float bits_float(u32 bits) { return __uint_as_float(bits); }
 
+// A double is two words, the lower one in x.
+__device__ __forceinline__ uint2 double_bits(double value) {
+  return {static_cast<u32>(__double2loint(value)), static_cast<u32>(__double2hiint(value))};
+}
+__device__ __forceinline__ double bits_double(uint2 bits) {
+  return __hiloint2double(static_cast<int>(bits.y), static_cast<int>(bits.x));
+}
+
 // 2^x with a relative error of 2^-22; results below 2^-126 are 0, and 2^-inf = 0.
 __device__ __forceinline__ float ex2(float x) {
   float result;
@@ -120,6 +128,10 @@ __device__ __forceinline__ float shuffle_idx(float value, int source_lane) {
 }
 __device__ __forceinline__ float shuffle_down(float value, int delta) {
   return bits_float(shuffle_down(float_bits(value), delta));
+}
+__device__ __forceinline__ double shuffle_xor(double value, int lane_mask) {
+  const uint2 bits = double_bits(value);
+  return bits_double({shuffle_xor(bits.x, lane_mask), shuffle_xor(bits.y, lane_mask)});
 }
 
 // Bit i is lane i's predicate. All 32 lanes.

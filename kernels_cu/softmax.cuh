@@ -14,9 +14,6 @@
 
 #include "isa.cuh"
 
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-
 // A lane's two rows, g and g + 8. The maximum is the same in the four lanes of a row; the sum is each lane's
 // own part, added up once at the end.
 struct RowState {

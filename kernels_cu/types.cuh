@@ -15,3 +15,6 @@ struct BFloat16 {};  // the upper half of a binary32
 
 // -inf as a float's bits; there is no INFINITY without <math.h>.
 constexpr u32 kNegativeInfinityBits = 0xff800000u;
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;

@@ -43,6 +43,17 @@ inline int grid_size_z() { return static_cast<int>(emulator::current->grid_size.
 
 inline u32 float_bits(float value) { return emulator::bits_of(value); }
 inline float bits_float(u32 bits) { return emulator::float_of(bits); }
+inline uint2 double_bits(double value) {
+  std::uint64_t whole;
+  std::memcpy(&whole, &value, sizeof whole);
+  return {static_cast<u32>(whole), static_cast<u32>(whole >> 32)};
+}
+inline double bits_double(uint2 bits) {
+  const std::uint64_t whole = bits.x | static_cast<std::uint64_t>(bits.y) << 32;
+  double value;
+  std::memcpy(&value, &whole, sizeof value);
+  return value;
+}
 inline float ex2(float x) { return emulator::ex2_approx_ftz(x); }
 inline u32 pack_f16x2(float lower, float upper) {
   return emulator::f16_from_float(lower) | static_cast<u32>(emulator::f16_from_float(upper)) << 16;
@@ -80,6 +91,11 @@ inline float shuffle_idx(float value, int source_lane, Site site = Site::here())
 }
 inline float shuffle_down(float value, int delta, Site site = Site::here()) {
   return bits_float(shuffle_down(float_bits(value), delta, site));
+}
+inline double shuffle_xor(double value, int lane_mask, Site site = Site::here()) {
+  const uint2 bits = double_bits(value);
+  const u32 lower = shuffle_xor(bits.x, lane_mask, site);
+  return bits_double({lower, shuffle_xor(bits.y, lane_mask, site)});
 }
 
 inline u32 ballot(bool predicate, Site site = Site::here()) {

@@ -297,6 +297,12 @@ def make_probes() -> dict[str, Probe]:
         **_convert(rng),
         "unpack": _unpack(),
         **_shuffles(rng),
+        "shuffle-double": Probe(
+            "probes.cu",
+            "probe_shuffle_double",
+            {"in": np.concatenate([_any_word(rng, LANES, 2), rng.integers(0, LANES, (LANES, 1), np.uint32)], axis=1)},
+            {"out": _blank(LANES, 2)},
+        ),
         **_votes(),
         # The eighth word of a lane's output is not written.
         "memory": Probe(

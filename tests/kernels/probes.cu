@@ -50,6 +50,15 @@ extern "C" __global__ void probe_shuffle(const u32* in, u32* out) {
   store_float(results(out, 6) + 5, isa::shuffle_down(isa::bits_float(value), operand));
 }
 
+// in: a double and an operand.
+extern "C" __global__ void probe_shuffle_double(const u32* in, u32* out) {
+  const u32* mine = operands(in, 3);
+  const double value = isa::bits_double({isa::ldg_4(mine), isa::ldg_4(mine + 1)});
+  const uint2 bits = isa::double_bits(isa::shuffle_xor(value, static_cast<int>(isa::ldg_4(mine + 2))));
+  isa::stg_4(results(out, 2), bits.x);
+  isa::stg_4(results(out, 2) + 1, bits.y);
+}
+
 extern "C" __global__ void probe_vote(const u32* in, u32* out) {
   const bool predicate = isa::ldg_4(operands(in, 1)) != 0;
   isa::stg_4(results(out, 3), isa::ballot(predicate));

@@ -114,6 +114,15 @@ def test_shuffle(rng):
         np.testing.assert_array_equal(out[:, 3:], expected)
 
 
+def test_shuffle_of_doubles(rng):
+    value = rng.standard_normal(LANES)
+    lane = np.arange(LANES)
+    for operand in (rng.integers(0, 32, LANES).astype(np.uint32), *(np.full(LANES, n, np.uint32) for n in (0, 8, 31))):
+        inputs = np.concatenate([value[:, None].view(np.uint32), operand[:, None]], axis=1)
+        out = run("probes.cu", "probe_shuffle_double", inputs, out=(LANES, 2))
+        np.testing.assert_array_equal(out.view(np.float64)[:, 0], value[lane ^ operand.astype(np.int64)])
+
+
 @pytest.mark.parametrize("bits", [0, 1, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFE, 0x12345678])
 def test_vote(bits):
     predicate = (np.uint32(bits) >> np.arange(LANES, dtype=np.uint32)) & np.uint32(1)

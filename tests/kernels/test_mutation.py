@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from cupyflash.backends.emulator import EmulatorError, Module, Options
+from cupyflash.build.launch import render_kernel
 from cupyflash.build.source import KernelSource, kernels_folder, read_kernel
-from tests.kernels import forward
+from cupyflash.plan.specs import CombineSpec
+from tests.kernels import forward, test_combine
 from tests.kernels.harness import source_of
 from tests.kernels.mutation import SYNCHRONISATION, Exemption, Mutant, assert_exemptions_hold, exempt, mutants
 
@@ -59,6 +61,17 @@ def forward_problem(spec, seqlen_q, seqlen_k, lower=0, upper=0):
     return run
 
 
+def combine_problem(seed):
+    outs, lses = test_combine.parts("float32", 3 + seed, seed=seed)
+
+    def run(module: Module, options: Options) -> bytes:
+        kernel = module.get_function("flash_combine")
+        out, lse = test_combine.combine("float32", outs, lses, kernel=kernel, options=options)
+        return out.tobytes() + lse.tobytes()
+
+    return run
+
+
 # Both ends of the band: masked tiles on the left, whole ones, masked ones on the right.
 BAND = forward.Spec(has_lower=True, has_upper=True)
 SUBJECTS = {
@@ -69,7 +82,8 @@ SUBJECTS = {
             forward_problem(BAND, 130, 200, lower=-70, upper=60),  # several tiles of both kinds, tails in both lengths
             forward_problem(BAND, 70, 330, lower=-10, upper=300),  # five tiles, three of them whole
         ],
-    )
+    ),
+    "combine.cu": Subject(render_kernel(CombineSpec("float32")), [combine_problem(0), combine_problem(40)]),
 }
 
 
@@ -235,6 +249,10 @@ def test_bad_exemptions_are_refused() -> None:
             "scale_log2(static_cast<float>(params.scale) * kLog2E)",
             "scale_log2(static_cast<float>(params.scale))",
         ),
+        ("combine.cu", "if (lse == negative_infinity()) continue;", ""),
+        ("combine.cu", "if (row_max == negative_infinity()) row_max = 0;", ""),
+        ("combine.cu", "split += 32) row_max =", "split += 64) row_max ="),
+        ("combine.cu", "if (row < num_rows)", "if (row <= num_rows)"),
     ],
 )
 def test_problems_reach_every_branch(file: str, code: str, wrong: str) -> None:

@@ -178,6 +178,8 @@ COMPOSED = {
     "unpack_bf16",
     "float_bits",
     "bits_float",
+    "double_bits",
+    "bits_double",
     "pack",
     "shared_base",
 }

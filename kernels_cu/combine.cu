@@ -1,0 +1,99 @@
+// Joins the partial results of a split forward pass: attention over disjoint sets of keys, by their log-sum-exps.
+//
+//     m = max_s lse_s,  w_s = exp(lse_s - m),  l = sum_s w_s
+//     O = sum_s (w_s / l) O_s,  lse = m + ln l
+//
+// That is the recurrence of FlashAttention-2 (T. Dao, 2023, arXiv 2307.08691), Algorithm 1, over parts instead of
+// tiles, with all maxima known beforehand; as a kernel of its own: "Flash-Decoding for long-context inference"
+// (T. Dao et al., 2023).
+//
+//                 elements ->
+//     split 0    o o o o o ..    lse_0         One warp owns a row of the output, a query of a head: the same row of
+//     split 1    o o o o o ..    lse_1         every part. For the log-sum-exps a lane takes every 32nd part, for O
+//     ..                                       every 32nd element.
+//
+//     O          o o o o o ..    lse
+//
+// No shared memory, no barrier: the lanes of a warp exchange maximum and sum by shuffles, in one order whatever runs
+// when, so results are repeatable to the bit.
+//
+// A part whose log-sum-exp is -inf saw no key: its O is not looked at. Without keys in any part O is 0 and lse -inf.
+// A NaN in a part stays in its row. Rows need only an element's own alignment.
+#include "isa.cuh"
+#include "element.cuh"
+#include "work.cuh"
+
+struct Traits {
+  using Element = ElementTraits<typename Config::Element>;
+  using Accumulator = typename Element::Accumulator;
+  using AccumulatorElement = ElementTraits<Accumulator>;
+
+  static_assert(Config::kNumThreads == 32 * Config::kRowsPerBlock, "a warp owns one row");
+};
+
+// One row of the output: its place among all rows, which are those of [batch_size, num_heads_q, seqlen_q] in C order.
+struct Combine {
+  using Accumulator = Traits::Accumulator;
+
+  const CombineParams& params;
+  long long row;
+  long long num_rows;
+  Accumulator row_max;  // 0 rather than -inf, lest -inf be subtracted from itself
+  Accumulator row_sum;
+
+  __device__ __forceinline__ Combine(const CombineParams& params, long long row, long long num_rows)
+      : params(params), row(row), num_rows(num_rows), row_max(negative_infinity()), row_sum(0) {}
+
+  __device__ __forceinline__ Accumulator partial_lse(int split) const {
+    return Traits::AccumulatorElement::load(static_cast<const Accumulator*>(params.partial_lse) + split * num_rows +
+                                            row);
+  }
+
+  // m and l, in every lane.
+  __device__ __forceinline__ void sum_weights() {
+    const int lane = isa::lane_index();
+    for (int split = lane; split < params.num_splits; split += 32) row_max = larger(row_max, partial_lse(split));
+    row_max = largest_of_lanes<32>(row_max);
+    if (row_max == negative_infinity()) row_max = 0;
+    for (int split = lane; split < params.num_splits; split += 32) {
+      row_sum += exponential(partial_lse(split) - row_max);
+    }
+    row_sum = sum_of_lanes<32>(row_sum);
+  }
+
+  __device__ __forceinline__ void store_out() const {
+    const int head = static_cast<int>(row / params.seqlen_q % params.num_heads_q);
+    const int batch = static_cast<int>(row / params.seqlen_q / params.num_heads_q);
+    const auto rows = head_rows<typename Traits::Element::Storage>(params, params.out, batch, head);
+    auto* out = rows.row(static_cast<int>(row % params.seqlen_q));
+    for (int column = isa::lane_index(); column < params.head_dim_v; column += 32) {
+      Accumulator sum = 0;
+      for (int split = 0; split < params.num_splits; ++split) {
+        const Accumulator lse = partial_lse(split);
+        if (lse == negative_infinity()) continue;
+        const Accumulator* part =
+            static_cast<const Accumulator*>(params.partial_out) + (split * num_rows + row) * params.head_dim_v;
+        sum += exponential(lse - row_max) * Traits::AccumulatorElement::load(part + column);
+      }
+      Traits::Element::store(out + column, row_sum == 0 ? Accumulator(0) : sum / row_sum);
+    }
+  }
+
+  __device__ __forceinline__ void store_lse() const {
+    if (params.lse == nullptr || isa::lane_index() != 0) return;
+    const Accumulator lse = row_sum == 0 ? Accumulator(negative_infinity()) : row_max + natural_log(row_sum);
+    Traits::AccumulatorElement::store(static_cast<Accumulator*>(params.lse) + row, lse);
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(Config::kNumThreads)
+    flash_combine(const __grid_constant__ CombineParams params) {
+  const long long num_rows = static_cast<long long>(params.batch_size) * params.num_heads_q * params.seqlen_q;
+  const long long row = static_cast<long long>(isa::block_index_x()) * Config::kRowsPerBlock + isa::warp_index();
+  if (row < num_rows) {  // the same in all lanes of a warp
+    Combine combine(params, row, num_rows);
+    combine.sum_weights();
+    combine.store_out();
+    combine.store_lse();
+  }
+}
