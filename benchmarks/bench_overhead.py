@@ -36,7 +36,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # measure the checkout around this file
 
-from bench_cpu import BUSY_LOAD, RESULTS, describe_machine, format_seconds, git, short_name, summarize, verdict
+from bench_cpu import BUSY_LOAD, RESULTS, describe_machine, format_seconds, git, short_name, summarize
 
 from cupyflash import attention
 from cupyflash.backends import emulated
@@ -44,9 +44,10 @@ from cupyflash.plan.device import DEVICES
 
 Report: TypeAlias = dict[str, Any]
 
-CALLS, QUICK_CALLS = 200, 50  # of one sample
-SAMPLES, QUICK_SAMPLES = 40, 5
-NOT_IN_IT = "what CuPy takes for its arrays' attributes, for allocation and for the launch is not in these figures"
+CALLS = 40  # of one sample: less than a millisecond, in which a busy machine may leave it alone
+SAMPLES, QUICK_SAMPLES = 400, 10
+FIRST_ROUNDS = 3
+NOT_IN_IT = "what CuPy itself takes, for its arrays' attributes, allocation and the launch, is not in these figures"
 
 
 # --- a CuPy that costs nothing ---------------------------------------------------------------------------
@@ -72,16 +73,17 @@ class Array:
 
     __slots__ = ("data", "device", "dtype", "flags", "itemsize", "ndim", "shape", "size", "strides")
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
-        like = np.lib.stride_tricks.as_strided(np.empty((), dtype), shape, strides_of(shape, np.dtype(dtype).itemsize))
-        for name in ("dtype", "flags", "itemsize", "ndim", "shape", "size", "strides"):
-            setattr(self, name, getattr(like, name))
-        self.data = types.SimpleNamespace(ptr=1 << 20)
-        self.device = DEVICE
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.shape, self.dtype, self.itemsize, self.ndim = shape, dtype, dtype.itemsize, len(shape)
+        strides, step = [], dtype.itemsize
+        for length in reversed(shape):
+            strides.append(step)
+            step *= length
+        self.strides, self.size = tuple(reversed(strides)), step // dtype.itemsize
+        self.flags, self.data, self.device = FLAGS, DATA, DEVICE
 
 
-def strides_of(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    return tuple(itemsize * int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
+FLAGS, DATA = types.SimpleNamespace(writeable=True), types.SimpleNamespace(ptr=1 << 20)
 
 
 def install() -> None:
@@ -99,9 +101,10 @@ def install() -> None:
     made: dict[tuple[Any, ...], Array] = {}
 
     def empty(shape: tuple[int, ...], dtype: Any) -> Array:
-        if (shape, dtype) not in made:
-            made[shape, dtype] = Array(shape, dtype)
-        return made[shape, dtype]
+        found = made.get((shape, dtype))
+        if found is None:
+            found = made[shape, dtype] = Array(shape, dtype)
+        return found
 
     cupy: Any = types.ModuleType("cupy")
     cupy.ndarray, cupy.empty = Array, empty
@@ -187,7 +190,7 @@ ROWS = (
 FIRST_CALLS = {"first call, kernel compiled": 1.0, "first call, kernel on disk": 50e-3}
 
 
-def measure(row: Row, calls: int, samples: int) -> Report:
+def measure(row: Row, samples: int) -> Report:
     """Return one row of the report."""
     backend = "emulator" if row.emulated else None
     arguments = row.calls(np.empty if row.emulated else Array)
@@ -195,25 +198,29 @@ def measure(row: Row, calls: int, samples: int) -> Report:
         attention(**next(arguments), backend=backend)
     seconds = []
     for _ in range(samples):
-        sample = [{**next(arguments), "backend": backend} for _ in range(calls)]
+        sample = [{**next(arguments), "backend": backend} for _ in range(CALLS)]
         started = time.perf_counter()
         for keywords in sample:
             attention(**keywords)
-        seconds.append((time.perf_counter() - started) / calls)
-    return {"name": row.name, "seconds": summarize(seconds), "target_seconds": row.target_seconds}
+        seconds.append((time.perf_counter() - started) / CALLS)
+    return describe(row.name, seconds, row.target_seconds)
+
+
+def describe(name: str, seconds: Sequence[float], target: float | None) -> Report:
+    return {"name": name, "section": "overhead", "seconds": summarize(seconds), "target_seconds": target}
 
 
 def measure_first_calls(names: Sequence[str]) -> list[Report]:
     """The first call of a process that finds nothing, and of the next one, which finds a compiled kernel."""
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, target in FIRST_CALLS.items():
-            told = subprocess.check_output(
-                [sys.executable, __file__, "--worker"], env={**os.environ, "CUPYFLASH_CACHE": folder}, text=True
-            )
-            if name in names:
-                rows.append({"name": name, "seconds": summarize([float(told)]), "target_seconds": target})
-    return rows
+    seconds: dict[str, list[float]] = {name: [] for name in FIRST_CALLS}
+    for _ in range(FIRST_ROUNDS):
+        with tempfile.TemporaryDirectory() as folder:
+            for taken in seconds.values():
+                told = subprocess.check_output(
+                    [sys.executable, __file__, "--worker"], env={**os.environ, "CUPYFLASH_CACHE": folder}, text=True
+                )
+                taken.append(float(told))
+    return [describe(name, seconds[name], target) for name, target in FIRST_CALLS.items() if name in names]
 
 
 def first_call() -> float:
@@ -227,14 +234,14 @@ def first_call() -> float:
 def describe_row(row: Report) -> str:
     """One line: time with its target, and the median."""
     ours, target = row["seconds"], row["target_seconds"]
-    judged = f" ({verdict(target, ours['min'])} {format_seconds(target)})" if target else ""
+    judged = f" ({'≤' if ours['min'] <= target else 'MISSES'} {format_seconds(target)})" if target else ""
     return f"{row['name']:<44}{format_seconds(ours['min']):>9}{judged} … {format_seconds(ours['median'])} median"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the Python time of a call on CuPy arrays, without a GPU.")
     parser.add_argument("--cases", default="*", metavar="GLOB", help="rows whose name matches")
-    parser.add_argument("--quick", action="store_true", help="fewer calls and samples")
+    parser.add_argument("--quick", action="store_true", help="fewer samples")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="where the results go")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -253,6 +260,7 @@ def main() -> None:
         "command": shlex.join(["python", "benchmarks/bench_overhead.py", *sys.argv[1:]]),
         "commit": git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--", "cupyflash", "benchmarks", ":!benchmarks/results")),
+        "not_in_it": NOT_IN_IT,
         "results": [],
     }
     print(f"Python time of a call with kernels that do nothing; {NOT_IN_IT}")
@@ -260,10 +268,10 @@ def main() -> None:
         print(f"the machine is busy (load average {machine['load_average']:.2f}): do not publish these figures")
     install()
     emulated._kernel = lambda spec: NullKernel()  # type: ignore[assignment]  # nothing is compiled or run
-    calls, samples = (QUICK_CALLS, QUICK_SAMPLES) if given.quick else (CALLS, SAMPLES)
+    samples = QUICK_SAMPLES if given.quick else SAMPLES
     for row in ROWS:
         if row.name in chosen:
-            report["results"].append(measure(row, calls, samples))
+            report["results"].append(measure(row, samples))
             print(describe_row(report["results"][-1]))
     if any(name in chosen for name in FIRST_CALLS):
         for measured in measure_first_calls(chosen):

@@ -28,7 +28,7 @@ GPU_OTHERS = {"cudnn": "vs cuDNN", "flash": "vs FlashAttention-2", "efficient": 
 
 
 def load_reports(kind: str, folder: Path = RESULTS) -> list[Report]:
-    """The reports of one kind of machine, "cpu" or "gpu", by file name."""
+    """The reports of one kind, "cpu", "overhead" or "gpu", by file name."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{kind}-*.json"))]
 
 
@@ -76,6 +76,16 @@ def gpu_table(reports: Sequence[Report]) -> str:
     return join_machines(reports, columns, cells, ("speed",), gpu_caption)
 
 
+def overhead_table(reports: Sequence[Report]) -> str:
+    """Python time of a call by case."""
+
+    def cells(row: Report) -> list[str]:
+        target = row["target_seconds"]
+        return [row["name"], format_seconds(row["seconds"]["min"]), "–" if target is None else format_seconds(target)]
+
+    return join_machines(reports, ["call", "time", "target"], cells, ("overhead",), overhead_caption)
+
+
 def join_machines(
     reports: Sequence[Report],
     columns: Sequence[str],
@@ -102,6 +112,15 @@ def cpu_caption(report: Report) -> str:
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['os']}; {', '.join(versions)}; {origin(report)}. "
         "Times are the least of all samples; ratios are the other's time over ours in the same run."
+    )
+
+
+def overhead_caption(report: Report) -> str:
+    """The machine, what is not in the figures, the commit and the command."""
+    machine = report["machine"]
+    return (
+        f"{machine['cpu']}, Python {machine['python']}, NumPy {machine['numpy']}; {origin(report)}. Kernels that do "
+        f"nothing, on a stand-in for CuPy: {report['not_in_it']}. Times are the least of all samples."
     )
 
 
@@ -141,6 +160,7 @@ def format_bytes(size: int | None) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "cpu-performance": lambda: performance_table(load_reports("cpu")),
     "cpu-features": lambda: feature_table(load_reports("cpu")),
+    "overhead": lambda: overhead_table(load_reports("overhead")),
     "gpu-performance": lambda: gpu_table(load_reports("gpu")),
 }
 

@@ -1,8 +1,8 @@
 """Scaled-dot-product attention for NumPy and CuPy arrays.
 
-`attention` is the library.  `attention_weights`, `merge_attention`, `dropout_mask` and `flops` go with it, `formulas`
-derives its algorithm step by step, and `register_backend` adds implementations.  `cupyflash.testing` has what its tests
-compare with.
+`attention` is the library, and `explain` says what it would do.  `attention_weights`, `merge_attention`, `dropout_mask`
+and `flops` go with it, `formulas` derives its algorithm step by step, and `register_backend` adds implementations.
+`cupyflash.testing` has what its tests compare with.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from . import formulas
 from .api import attention, attention_weights
 from .backends.registry import backends, register_backend
 from .errors import CupyflashError, Unsupported
+from .explain import explain
 from .flops import flops
 from .merge import merge_attention
 from .problem.philox import dropout_mask
@@ -24,6 +25,7 @@ __all__ = [
     "attention_weights",
     "backends",
     "dropout_mask",
+    "explain",
     "flops",
     "formulas",
     "merge_attention",

@@ -5,6 +5,8 @@ access out of bounds is raised as `EmulatorError` with the kernel's file and lin
 environment variable CUPYFLASH_EMULATOR, a list of fields of `cupyflash.backends.emulator.Options`::
 
     CUPYFLASH_EMULATOR="schedule=random,seed=3,workers=2,race_detector=0,late_landing=0"
+
+and `device`, the name of one of `cupyflash.plan.device.DEVICES` whose plan is to be run: "device=T4".
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ from ..build.host import find_compiler
 from ..build.launch import entry_of, launches, prepare, render_kernel
 from ..errors import Unsupported
 from ..plan.choose import choose, refusals
-from ..plan.device import EMULATOR
+from ..plan.device import DEVICES, EMULATOR, DeviceSpec
 from ..plan.specs import KernelSpec
 from ..problem.problem import Buffers, Problem
 from .emulator import Function, Module, Options
 
-__all__ = ["EmulatorBackend", "options_from"]
+__all__ = ["EmulatorBackend", "device_from", "options_from"]
 
 _ENVIRONMENT = "CUPYFLASH_EMULATOR"
 
@@ -44,8 +46,9 @@ class EmulatorBackend:
 
     def run(self, problem: Problem, buffers: Buffers) -> None:
         """See `cupyflash.backends.registry.Backend`."""
-        options = options_from(os.environ.get(_ENVIRONMENT, ""))
-        plan = choose(problem, EMULATOR)
+        environment = os.environ.get(_ENVIRONMENT, "")
+        options = options_from(environment)
+        plan = choose(problem, device_from(environment))
         operands = prepare(problem, plan, buffers, _address)
         for launch, params in launches(problem, plan, operands):
             kernel = _kernel(launch.spec)
@@ -74,11 +77,9 @@ def options_from(text: str) -> Options:
     """
     default = Options()
     chosen: dict[str, Any] = {}
-    for item in filter(None, map(str.strip, text.split(","))):
-        name, _, value = item.partition("=")
-        if name in chosen or name not in [field.name for field in fields(Options)]:
-            known = ", ".join(field.name for field in fields(Options))
-            raise ValueError(f"{_ENVIRONMENT} must set each of {known} once at most, but was {text!r}")
+    for name, value in _items(text).items():
+        if name == "device":
+            continue
         kind = type(getattr(default, name))
         if kind is not str and not (value.isdecimal() and (kind is int or value in "01")):
             raise ValueError(
@@ -86,3 +87,29 @@ def options_from(text: str) -> Options:
             )
         chosen[name] = value if kind is str else kind(int(value))
     return Options(**chosen)
+
+
+def device_from(text: str) -> DeviceSpec:
+    """The device of a text like "device=T4,seed=3"; `EMULATOR` where it names none.
+
+    Raises
+    ------
+    ValueError
+        It is not the name of a known device.
+    """
+    name = _items(text).get("device", EMULATOR.name)
+    known = {EMULATOR.name: EMULATOR, **DEVICES}
+    if name not in known:
+        raise ValueError(f"{_ENVIRONMENT} must set device to one of {', '.join(known)}: {text!r}")
+    return known[name]
+
+
+def _items(text: str) -> dict[str, str]:
+    names = [*(field.name for field in fields(Options)), "device"]
+    chosen: dict[str, str] = {}
+    for item in filter(None, map(str.strip, text.split(","))):
+        name, _, value = item.partition("=")
+        if name in chosen or name not in names:
+            raise ValueError(f"{_ENVIRONMENT} must set each of {', '.join(names)} once at most, but was {text!r}")
+        chosen[name] = value
+    return chosen

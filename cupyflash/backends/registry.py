@@ -17,7 +17,7 @@ from ..problem.problem import Buffers, Problem
 from .reference import MathBackend
 from .tiled import NumpyBackend
 
-__all__ = ["Backend", "backends", "register_backend", "select"]
+__all__ = ["Backend", "backends", "name_of", "reasons_of", "register_backend", "select"]
 
 _ENVIRONMENT = "CUPYFLASH_BACKEND"
 _DEFAULTS = {"numpy": "numpy", "cupy": "cuda"}
@@ -118,26 +118,35 @@ def select(problem: Problem, name: str | None) -> Backend:
     Unsupported
         that backend can't run the problem; the message holds the problem and every backend's reasons.
     """
-    source = "backend"
-    if name is None:
-        name = os.environ.get(_ENVIRONMENT) or None
-        source = _ENVIRONMENT
-    if name is None:
-        chosen = _DEFAULTS[problem.library]
-    elif not isinstance(name, str):
-        raise TypeError(f"backend must be one of {backends()} or None, but was {name!r}")
-    elif name not in _backends:
-        raise ValueError(f"{source} must be one of {backends()}, but was {name!r}")
-    else:
-        chosen = name
+    chosen = name_of(problem, name)
     backend = _backends.get(chosen)
     if backend is None or backend.reasons(problem):
         raise _unsupported(problem, chosen)
     return backend
 
 
+def name_of(problem: Problem, name: str | None) -> str:
+    """The name of the backend that `select` asks; raises TypeError and ValueError as it does."""
+    source = "backend"
+    if name is None:
+        name = os.environ.get(_ENVIRONMENT) or None
+        source = _ENVIRONMENT
+    if name is None:
+        return _DEFAULTS[problem.library]
+    if not isinstance(name, str):
+        raise TypeError(f"backend must be one of {backends()} or None, but was {name!r}")
+    if name not in _backends:
+        raise ValueError(f"{source} must be one of {backends()}, but was {name!r}")
+    return name
+
+
+def reasons_of(problem: Problem) -> dict[str, tuple[str, ...]]:
+    """For each backend why it can't run the problem; empty where it can."""
+    return {name: tuple(backend.reasons(problem)) for name, backend in _backends.items()}
+
+
 def _unsupported(problem: Problem, chosen: str) -> Unsupported:
-    reasons = {name: tuple(backend.reasons(problem)) for name, backend in _backends.items()}
+    reasons = reasons_of(problem)
     if chosen not in reasons:
         reasons = {chosen: ("it has no kernels in this version",), **reasons}
     lines = [f"backend {chosen!r} can't run this call:", f"  {problem}".replace("\n", "\n  "), "Reasons:"]

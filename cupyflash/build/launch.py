@@ -8,6 +8,7 @@ A backend compiles the first in its own way and hands the second to its own laun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from ..problem.shapes import join, joinable_axes
 from .params import BATCH_AXES, COMBINE_PARAMS, FWD_PARAMS, TENSOR, layout_checks, pack_combine, pack_forward
 from .source import ConfigValue, KernelSource, render
 
-__all__ = ["Operands", "entry_of", "launches", "prepare", "render_kernel"]
+__all__ = ["Copy", "Operands", "batch_refusals", "copies_of", "entry_of", "launches", "prepare", "render_kernel"]
 
 _ELEMENTS = {"float16": "Float16", "bfloat16": "BFloat16", "float32": "float", "float64": "double"}
 # What a copy's rows begin at multiples of: as much as any kernel asks for.
@@ -90,8 +91,7 @@ def prepare(problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[A
         The batch has more axes than a kernel carries, after joining those that lie behind one another in every array.
     """
     itemsize = problem.element.storage.itemsize
-    # Strides of less than an element would leave the kernels' strides, which count elements, with a remainder.
-    alignment = max(plan.row_alignment, itemsize)
+    alignment = _alignment(plan, itemsize)
     arrays = [buffers.query, buffers.key, buffers.value, buffers.out]
     addresses = [address(array) for array in arrays]
     steps: list[Any] = [_steps(array.shape, array.strides, itemsize, alignment) for array in arrays]
@@ -118,6 +118,34 @@ def prepare(problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[A
         addresses,
         steps,
     )
+
+
+class Copy(NamedTuple):
+    """An operand that `prepare` does not take as it is."""
+
+    operand: str  # "query", "key", "value" or "out"
+    reason: str
+    nbytes: int  # of the new array
+
+
+def copies_of(plan: Plan, buffers: Buffers, address: Callable[[Any], int]) -> list[Copy]:
+    """What `prepare` would copy, and why, without doing it."""
+    copies = []
+    for name in ("query", "key", "value", "out"):
+        array = getattr(buffers, name)
+        itemsize = array.dtype.itemsize
+        alignment = _alignment(plan, itemsize)
+        if _steps(array.shape, array.strides, itemsize, alignment) is None:
+            reason = f"rows do not all begin at multiples of {alignment} bytes (strides {array.strides})"
+            if array.shape[-1] != 1 and array.strides[-1] != itemsize:
+                reason = f"rows are not contiguous: {array.strides[-1]} bytes between elements of {itemsize}"
+        elif array.size and address(array) % alignment:
+            reason = f"it does not begin at a multiple of {alignment} bytes"
+        else:
+            continue
+        shape = array.shape if name == "out" else _once(array).shape
+        copies.append(Copy(name, reason, math.prod(_padded_rows(shape, itemsize)) * itemsize))
+    return copies
 
 
 def launches(problem: Problem, plan: Plan, operands: Operands) -> Iterator[tuple[Launch, np.void]]:
@@ -193,6 +221,20 @@ def _steps(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, alig
     return (0,) * (BATCH_AXES + 2 - len(steps)) + tuple([step // itemsize for step in steps])
 
 
+def batch_refusals(problem: Problem, buffers: Buffers) -> list[str]:
+    """Why `prepare` would refuse the batch, without preparing anything; empty if it would not."""
+    shape = problem.batch_shape
+    if len(shape) <= BATCH_AXES:
+        return []
+    arrays = (buffers.query, buffers.key, buffers.value, buffers.out)
+    steps = [tuple([0 if n == 1 else step for n, step in zip(shape, a.strides, strict=False)]) for a in arrays]
+    try:
+        _join(shape, tuple(steps))
+    except Unsupported as error:
+        return list(error.reasons["cuda"])
+    return []
+
+
 @lru_cache(maxsize=512)
 def _join(
     batch_shape: tuple[int, ...], steps: tuple[tuple[int, ...], ...]
@@ -216,19 +258,28 @@ def _join(
     return shape, [front + tuple([step[axis] for axis in inner]) + step[rank:] for step in steps]
 
 
+def _alignment(plan: Plan, itemsize: int) -> int:
+    # Strides of less than an element would leave the kernels' strides, which count elements, with a remainder.
+    return max(plan.row_alignment, itemsize)
+
+
 def _copy(array: Any, xp: Any) -> Any:
     """A copy in rows that fit, in which what is repeated by a stride of 0 is still there once."""
-    once = array[tuple([slice(None, 1) if stride == 0 else slice(None) for stride in array.strides[:-1]])]
-    copy = _empty_rows(once.shape, once.dtype, xp)
+    once = _once(array)
+    copy = _empty_rows_like(once, xp)
     copy[...] = once
     return xp.broadcast_to(copy, array.shape)
 
 
+def _once(array: Any) -> Any:
+    return array[tuple([slice(None, 1) if stride == 0 else slice(None) for stride in array.strides[:-1]])]
+
+
 def _empty_rows_like(array: Any, xp: Any) -> Any:
-    return _empty_rows(array.shape, array.dtype, xp)
-
-
-def _empty_rows(shape: tuple[int, ...], dtype: Any, xp: Any) -> Any:
     """A new array whose rows begin at multiples of _COPY_ALIGNMENT bytes."""
-    step = _COPY_ALIGNMENT // dtype.itemsize
-    return xp.empty((*shape[:-1], -(-shape[-1] // step) * step), dtype)[..., : shape[-1]]
+    return xp.empty(_padded_rows(array.shape, array.dtype.itemsize), array.dtype)[..., : array.shape[-1]]
+
+
+def _padded_rows(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    step = _COPY_ALIGNMENT // itemsize
+    return (*shape[:-1], -(-shape[-1] // step) * step)

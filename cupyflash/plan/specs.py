@@ -75,7 +75,7 @@ class FwdSpec:
         itemsize = dtype_named(self.dtype).storage.itemsize
         return FAMILIES[self.family].shared_bytes(self.tile, self.head_dim, self.head_dim_v, itemsize)
 
-    @property
+    @cached_property
     def num_threads(self) -> int:
         """Threads of a block."""
         return 32 * self.tile.num_warps
@@ -120,7 +120,7 @@ class Launch:
     spec: KernelSpec
     grid: tuple[int]
 
-    @cached_property
+    @property
     def block(self) -> tuple[int]:
         """Threads of a block."""
         return (self.spec.num_threads,)

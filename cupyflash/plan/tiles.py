@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..hashing import hash_once
 from .device import DeviceSpec
 
-__all__ = ["FAMILIES", "HEAD_DIMS", "TILES", "Family", "TileConfig", "TileRow", "rows_for"]
+__all__ = ["FAMILIES", "TILES", "Family", "TileConfig", "TileRow", "rows_for"]
 
 
 @hash_once
@@ -101,18 +101,47 @@ FAMILIES: dict[str, Family] = {
     "fwd_sm80": Family(_sm80_shared_bytes, _sm80_rules, lambda itemsize: 16, packs=True, splits=False),
 }
 
-#: What head dims are padded to.
-HEAD_DIMS = (64, 128)
-
 # Eight warps fetch K and V half as often as four do; four warps make twice as many blocks, for problems that would
-# leave SMs idle.  At head dim 128 either takes 48 KiB and, as compiled, up to 255 registers a thread: one block of
-# eight warps or two of four per SM, also in the 100 KiB of sm_86, sm_89 and sm_120.
+# leave SMs idle.  A thread keeps head_dim_v / 2 + block_n / 2 accumulators, and head_dim / 4 registers of Q if it
+# keeps Q; it may have 255 registers, of which the rest of the kernel takes about 90.
 _WIDE, _NARROW = TileConfig(128, 64, 8), TileConfig(64, 64, 4)
+_WIDE_Q = TileConfig(128, 64, 8, q_in_registers=False)
+# For the 99 KiB of sm_86, sm_89 and sm_120: half as many keys, then half as many queries.
+_SHORT_Q, _SMALL_Q = TileConfig(128, 32, 8, q_in_registers=False), TileConfig(64, 32, 4, q_in_registers=False)
+# For the 64 KiB of sm_75.
+_TINY_Q = TileConfig(64, 16, 4, q_in_registers=False)
+
+_HALF = ("float16", "bfloat16")
 
 #: Families in the order of preference.
 TILES: tuple[TileRow, ...] = (
-    TileRow("fwd_sm80", ("float16", "bfloat16"), 64, 64, (8, 0), (_WIDE, _NARROW)),
-    TileRow("fwd_sm80", ("float16", "bfloat16"), 128, 128, (8, 0), (_WIDE, _NARROW)),
+    # 12 to 48 KiB and, as compiled, up to 116, 162, 190 and 212 registers: at least one block of eight warps or two of
+    # four per SM, four of four at head dim 32.
+    TileRow("fwd_sm80", _HALF, 32, 32, (8, 0), (_WIDE, _NARROW)),
+    TileRow("fwd_sm80", _HALF, 64, 64, (8, 0), (_WIDE, _NARROW)),
+    TileRow("fwd_sm80", _HALF, 96, 96, (8, 0), (_WIDE, _NARROW)),
+    TileRow("fwd_sm80", _HALF, 128, 128, (8, 0), (_WIDE, _NARROW)),
+    # 60 KiB; 241 registers, just enough for 80 of O, 32 of S and 40 of Q.
+    TileRow("fwd_sm80", _HALF, 160, 160, (8, 0), (_WIDE, _NARROW)),
+    # With Q in registers it would spill on sm_120.  120 KiB; 84 and 60 where these do not fit.
+    TileRow("fwd_sm80", _HALF, 192, 192, (8, 0), (_WIDE_Q, _SHORT_Q, _SMALL_Q)),
+    # 140 and 70 KiB.
+    TileRow("fwd_sm80", _HALF, 224, 224, (8, 0), (_WIDE_Q, _SMALL_Q)),
+    # 160 and 80 KiB; 128 registers of O.
+    TileRow("fwd_sm80", _HALF, 256, 256, (8, 0), (_WIDE_Q, _SMALL_Q)),
+    # E and Ev differ: Q and K with a part that V lacks (multi-head latent attention), values of another width.
+    TileRow("fwd_sm80", _HALF, 64, 128, (8, 0), (_WIDE, _NARROW)),
+    TileRow("fwd_sm80", _HALF, 128, 64, (8, 0), (_WIDE, _NARROW)),
+    TileRow("fwd_sm80", _HALF, 192, 128, (8, 0), (_WIDE, _NARROW)),
+    TileRow("fwd_sm80", _HALF, 128, 256, (8, 0), (_WIDE_Q, _SMALL_Q)),
+    TileRow("fwd_sm80", _HALF, 256, 128, (8, 0), (_WIDE_Q, _SMALL_Q)),
+    # sm_75 multiplies float16 only.  At most 60 KiB.
+    TileRow("fwd_sm80", ("float16",), 32, 32, (7, 5), (_WIDE, _NARROW)),
+    TileRow("fwd_sm80", ("float16",), 64, 64, (7, 5), (_WIDE, _NARROW)),
+    TileRow("fwd_sm80", ("float16",), 96, 96, (7, 5), (_WIDE, _NARROW)),
+    TileRow("fwd_sm80", ("float16",), 128, 128, (7, 5), (_WIDE, _NARROW)),
+    TileRow("fwd_sm80", ("float16",), 192, 192, (7, 5), (_SMALL_Q,)),
+    TileRow("fwd_sm80", ("float16",), 256, 256, (7, 5), (_TINY_Q,)),
 )
 
 
@@ -124,7 +153,8 @@ def rows_for(dtype: str, head_dim: int, head_dim_v: int, cc: tuple[int, int]) ->
     """
     latest: dict[tuple[str, int, int], TileRow] = {}
     for row in TILES:
-        if dtype in row.dtypes and (row.head_dim, row.head_dim_v) == (head_dim, head_dim_v) and row.since <= cc:
+        holds = row.head_dim >= head_dim and row.head_dim_v >= head_dim_v
+        if dtype in row.dtypes and holds and row.since <= cc:
             key = (row.family, row.head_dim, row.head_dim_v)
             if key not in latest or latest[key].since < row.since:
                 latest[key] = row

@@ -12,6 +12,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+import cupyflash
+from cupyflash.build.nvrtc import nvrtc_version
+from tests.conftest import Require
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -113,3 +117,38 @@ def test_every_row_can_be_chosen_by_its_name(bench: ModuleType) -> None:
     for workload in bench.WORKLOADS:
         assert set(workload.others) <= set(bench.PREPARE)
         assert set(workload.targets) <= set(workload.others)
+
+
+def test_overhead_is_measured_and_written(tmp_path: Path, require: Require) -> None:
+    pytest.importorskip("tqdm", reason="tqdm is not installed")
+    try:
+        require("nvrtc", nvrtc_version(), "")
+    except cupyflash.Unsupported as error:
+        require("nvrtc", None, str(error))
+    out = tmp_path / "overhead.json"
+    result = subprocess.run(
+        [
+            *(sys.executable, str(BENCHMARKS / "bench_overhead.py"), "--quick"),
+            *("--cases", "*decode*", "--out", str(out)),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert len(report["results"]) == 3
+    for row in report["results"]:
+        assert 0 < row["seconds"]["min"] <= row["seconds"]["median"]
+        assert row["name"] in result.stdout
+    assert report["not_in_it"] in result.stdout
+
+
+def test_every_call_of_the_overhead_has_other_lengths(bench: ModuleType) -> None:
+    overhead = importlib.import_module("bench_overhead")
+    for row in overhead.ROWS:
+        calls = row.calls(overhead.Array)
+        lengths = [next(calls)["key"].shape[-2] for _ in range(5)]
+        assert len(set(lengths)) == (1 if row.calls is overhead.same else 5)

@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from cupyflash.backends.emulator import Counters, Module, Options, guarded_array, guarded_copy
+from cupyflash.backends.emulator import Counters, Module, Options, guarded_array
 from cupyflash.build.launch import render_kernel
 from cupyflash.build.params import FWD_PARAMS
 from cupyflash.build.source import KernelSource
+from cupyflash.merge import merge_attention
 from cupyflash.plan.specs import Features, FwdSpec
 from cupyflash.plan.tiles import TileConfig
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What is compiled into a kernel."""
+    """What is compiled into a kernel; head_dim_v 0 stands for head_dim."""
 
     dtype: str = "float16"
     head_dim: int = 64
+    head_dim_v: int = 0
     block_n: int = 64
     num_warps: int = 4
+    q_in_registers: bool = True
     has_lower: bool = False
     has_upper: bool = False
     scale_first: bool = False
+    packed: bool = False
+    split: bool = False
+    baseline: int = 80
 
     @property
     def kernel(self) -> FwdSpec:
-        tile = TileConfig(16 * self.num_warps, self.block_n, self.num_warps)
+        tile = TileConfig(16 * self.num_warps, self.block_n, self.num_warps, self.q_in_registers)
         features = Features(self.has_lower, self.has_upper, self.scale_first)
-        return FwdSpec("fwd_sm80", self.dtype, self.head_dim, self.head_dim, tile, features)
+        dims = (self.head_dim, self.head_dim_v or self.head_dim)
+        return FwdSpec("fwd_sm80", self.dtype, *dims, tile, features, self.packed, self.split, self.baseline)
 
     @property
     def shared_bytes(self) -> int:
@@ -50,34 +58,74 @@ def module(spec: Spec) -> Module:
     return Module(source(spec))
 
 
-def launch_arguments(spec, q, k, v, out, lse, lower=0, upper=0, scale=None):
-    """The parameter block and the grid. q, k, v, out: (batch, head, row, element), elements contiguous."""
+def guarded_rows(shape, dtype, name):
+    """(a guarded array full of NaN whose rows begin at multiples of 16 bytes, its part of that shape)."""
+    step = 16 // np.dtype(dtype).itemsize
+    whole = guarded_array((*shape[:-1], -(-shape[-1] // step) * step), dtype, name)
+    whole[...] = np.nan
+    return whole, whole[..., : shape[-1]]
+
+
+def launch_arguments(spec, q, k, v, out, lse, lower=0, upper=0, scale=None, num_splits=1, partial=None):
+    """The parameter block and the grid. q, k, v, out: (batch, head, row, element), elements contiguous.
+
+    With `spec.packed` all heads that share a key and a value head are packed; `partial` is (partial_out, partial_lse).
+    """
     params = np.zeros((), FWD_PARAMS)
     for name, array in (("q", q), ("k", k), ("v", v), ("out", out)):
         batch, head, row = (stride // array.itemsize for stride in array.strides[:3])
         params[name] = (array.ctypes.data, (0, 0, 0, batch), head, row)
     batch_size, num_heads_q, seqlen_q, head_dim = q.shape
+    group_sizes = num_heads_q // k.shape[1], num_heads_q // v.shape[1]
+    pack = math.gcd(*group_sizes) if spec.packed else 1
     params["lse"] = lse.ctypes.data
+    if partial is not None:
+        params["partial_out"], params["partial_lse"] = (array.ctypes.data for array in partial)
     params["batch_shape"], params["batch_size"] = (1, 1, 1, batch_size), batch_size
     params["num_heads_q"] = num_heads_q
-    params["group_size_k"], params["group_size_v"] = num_heads_q // k.shape[1], num_heads_q // v.shape[1]
-    params["pack"] = params["num_splits"] = 1
+    params["group_size_k"], params["group_size_v"] = group_sizes
+    params["pack"], params["num_splits"] = pack, num_splits
     params["seqlen_q"], params["seqlen_k"] = seqlen_q, k.shape[2]
-    params["head_dim"] = params["head_dim_v"] = head_dim
+    params["head_dim"], params["head_dim_v"] = head_dim, v.shape[3]
     params["lower"], params["upper"] = lower, upper
-    params["scale"] = head_dim**-0.5 if scale is None else scale
+    params["scale"] = max(head_dim, 1) ** -0.5 if scale is None else scale
     block_m = 16 * spec.num_warps
-    return params[()], (-(-seqlen_q // block_m) * num_heads_q * batch_size,)
+    num_tiles = -(-seqlen_q * pack // block_m) * (num_heads_q // pack) * batch_size
+    return params[()], (num_tiles * num_splits,)
 
 
-def forward(spec, q, k, v, *, kernel=None, options: Options | None = None, **keywords):
-    """(out, lse, counters) of one launch, on guarded copies; outputs are filled with NaN before."""
-    q, k, v = (guarded_copy(array, name) for array, name in ((q, "q"), (k, "k"), (v, "v")))
-    out = guarded_array(q.shape, q.dtype, "out")
-    lse = guarded_array(q.shape[:3], np.float32, "lse")
-    out[...] = np.nan
-    lse[...] = np.nan
-    params, grid = launch_arguments(spec, q, k, v, out, lse, **keywords)
+def forward(spec, q, k, v, *, kernel=None, options: Options | None = None, num_splits=1, **keywords):
+    """(out, lse, counters) of one launch, on guarded copies; outputs are filled with NaN before.
+
+    What lies between rows is NaN too, and has to stay so in `out`.
+
+    With `spec.split` they are the parts, joined.
+    """
+    operands = []
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        operands.append(guarded_rows(array.shape, array.dtype, name)[1])
+        operands[-1][...] = array
+    q, k, v = operands
+    shape = (*q.shape[:3], v.shape[3])
+    whole_out, out = guarded_rows(shape, q.dtype, "out")
+    lse = guarded_array(shape[:3], np.float32, "lse")
+    partial = None
+    if spec.split:
+        partial = (
+            guarded_array((num_splits, *shape), np.float32, "partial_out"),
+            guarded_array((num_splits, *shape[:3]), np.float32, "partial_lse"),
+        )
+    for array in (lse, *(partial or ())):
+        array[...] = np.nan
+    params, grid = launch_arguments(spec, q, k, v, out, lse, num_splits=num_splits, partial=partial, **keywords)
     kernel = kernel or module(spec).get_function("flash_fwd_sm80")
     counters: Counters = kernel(grid, (32 * spec.num_warps,), (params,), shared_mem=spec.shared_bytes, options=options)
-    return out, lse, counters
+    assert np.isnan(whole_out[..., shape[3] :].astype(np.float32)).all(), "something was written between rows"
+    if partial is None:
+        return out, lse, counters
+    assert np.isnan(out.astype(np.float32)).all(), "a split's blocks leave partial results only"
+    assert np.isnan(lse).all()
+    for array in partial:
+        assert not np.isnan(array).any(), "every block writes all of its part"
+    joined, joined_lse = merge_attention(*(list(array) for array in partial))
+    return joined.astype(q.dtype), joined_lse, counters

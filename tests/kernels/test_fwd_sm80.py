@@ -19,19 +19,26 @@ from tests.kernels.harness import ALL_OPTIONS, compiled
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def operands(spec, seqlen_q, seqlen_k, heads=(2, 2), batch_size=1, seed=0, magnitude=1.0):
+def operands(spec, seqlen_q, seqlen_k, heads=(2, 2), batch_size=1, seed=0, magnitude=1.0, dims=None):
+    """Heads of queries and of keys, or of queries, keys and values; dims are E and Ev, if less than the spec's."""
     rng = np.random.default_rng(seed)
-    shapes = [(batch_size, h, n, spec.head_dim) for h, n in ((heads[0], seqlen_q), *[(heads[1], seqlen_k)] * 2)]
+    heads_q, heads_k, heads_v = (*heads, heads[1])[:3]
+    head_dim, head_dim_v = dims or (spec.head_dim, spec.head_dim_v or spec.head_dim)
+    shapes = [
+        (batch_size, heads_q, seqlen_q, head_dim),
+        (batch_size, heads_k, seqlen_k, head_dim),
+        (batch_size, heads_v, seqlen_k, head_dim_v),
+    ]
     return [(magnitude * rng.standard_normal(shape)).astype(DTYPES[spec.dtype]) for shape in shapes]
 
 
-def check(spec, q, k, v, *, window=None, align="top_left", options=None):
+def check(spec, q, k, v, *, window=None, align="top_left", options=None, num_splits=1):
     """Runs the kernel and holds out and lse to the one rule of cupyflash.testing."""
     shift = 0 if align == "top_left" else k.shape[2] - q.shape[2]
     left, right = window if window is not None else (None, None)
     spec = replace(spec, has_lower=left is not None, has_upper=right is not None)
     bounds = {"lower": shift - (left or 0), "upper": shift + (right or 0)}
-    out, lse, counters = forward(spec, q, k, v, options=options, **bounds)
+    out, lse, counters = forward(spec, q, k, v, options=options, num_splits=num_splits, **bounds)
     case = {
         "query": q,
         "key": k,
@@ -66,6 +73,104 @@ def test_against_the_definition(dtype, head_dim, align, window):
 def test_other_tiles(spec):
     for seqlen_q, seqlen_k in ((150, 150), (10, 70)):
         check(spec, *operands(spec, seqlen_q, seqlen_k), window=(None, 0))
+
+
+# Every structure of the kernel: each width of rows in shared memory, Q in registers or not, V wider and narrower than
+# K, and what sm_75 has instead of cp.async and m16n8k16.
+STRUCTURES = [
+    Spec(head_dim=32),
+    Spec(head_dim=64, head_dim_v=128),
+    Spec(head_dim=96, num_warps=8, dtype="bfloat16"),
+    Spec(head_dim=128, head_dim_v=64, block_n=32),
+    Spec(head_dim=64, head_dim_v=256, block_n=32, q_in_registers=False),
+    Spec(head_dim=160, block_n=32, q_in_registers=False, dtype="bfloat16"),
+    Spec(head_dim=256, head_dim_v=128, block_n=32, q_in_registers=False),
+    Spec(head_dim=64, baseline=75),
+    Spec(head_dim=96, block_n=32, q_in_registers=False, baseline=75),
+]
+
+
+def narrow_dims(spec):
+    """Dims E and Ev that the spec holds: with whole chunks of 16 bytes and without, none at all."""
+    head_dim, head_dim_v = spec.head_dim, spec.head_dim_v or spec.head_dim
+    return [(head_dim, head_dim_v), (head_dim - 5, head_dim_v - 8), (8, 3), (1, head_dim_v - 1), (0, 6), (9, 0)]
+
+
+@pytest.mark.usefixtures("cxx")
+@pytest.mark.parametrize("spec", STRUCTURES, ids=str)
+def test_structures_and_narrow_heads(spec):
+    """Guarded arrays: an access beyond the last element of the last row is caught."""
+    for dims in narrow_dims(spec):
+        check(spec, *operands(spec, 70, 70, heads=(2, 1), dims=dims), window=(None, 0))
+
+
+@pytest.mark.usefixtures("cxx")
+@pytest.mark.parametrize("spec", [Spec(), Spec(head_dim=32, q_in_registers=False, baseline=75)], ids=str)
+def test_nothing_is_touched_beyond_a_row(spec):
+    """Rows of a wider array: what lies behind a row's elements is NaN, and stays what it was."""
+    for dims in ((17, 22), (24, 9), (31, 0)):
+        q, k, v = operands(spec, 70, 90, dims=dims)
+        expected, expected_lse, _ = forward(spec, q, k, v)
+        wide = []
+        for name, array in (("q", q), ("k", k), ("v", v), ("out", expected)):
+            stored = guarded_array((*array.shape[:3], 40), array.dtype, name)
+            stored[...] = np.nan
+            stored[..., : array.shape[3]] = array if name != "out" else 7
+            wide.append(stored)
+        lse = guarded_array(q.shape[:3], np.float32, "lse")
+        views = [array[..., :n] for array, n in zip(wide, (dims[0], dims[0], dims[1], dims[1]), strict=True)]
+        params, grid = launch_arguments(spec, *views, lse)
+        module(spec).get_function("flash_fwd_sm80")(grid, (128,), (params,), shared_mem=spec.shared_bytes)
+        np.testing.assert_array_equal(views[3], expected)
+        np.testing.assert_array_equal(lse, expected_lse)
+        assert np.isnan(wide[3][..., dims[1] :]).all()
+
+
+# Heads of queries, keys and values; two of them are packed in the last two, six in the first.
+GROUPS = [(6, 1, 1), (4, 2, 1), (12, 6, 2)]
+
+
+@pytest.mark.usefixtures("cxx")
+@pytest.mark.parametrize("window", [None, (None, 0), (3, 2)], ids=["full", "causal", "window"])
+@pytest.mark.parametrize(
+    "spec", [Spec(packed=True), Spec(packed=True, head_dim=96, q_in_registers=False, baseline=75)], ids=str
+)
+def test_packed_heads(spec, window):
+    for heads in GROUPS:
+        for seqlen_q, seqlen_k in ((1, 70), (3, 20), (50, 130)):
+            arrays = operands(spec, seqlen_q, seqlen_k, heads=heads, batch_size=2, dims=(30, 27))
+            out, lse, _ = check(spec, *arrays, window=window, align="bottom_right")
+            plain = check(replace(spec, packed=False), *arrays, window=window, align="bottom_right")
+            if window is None:  # masks differ in which tiles they visit, and so in rounding
+                np.testing.assert_array_equal(out, plain[0])
+                np.testing.assert_array_equal(lse, plain[1])
+
+
+@pytest.mark.usefixtures("cxx")
+def test_packed_tiles_are_fewer():
+    spec = Spec(packed=True)
+    arrays = operands(spec, 8, 64, heads=(8, 1))
+    assert check(spec, *arrays)[2].mma == 4 * 64  # one tile of 64 rows
+    assert check(replace(spec, packed=False), *arrays)[2].mma == 8 * 4 * 64
+
+
+@pytest.mark.usefixtures("cxx")
+@pytest.mark.parametrize("window", [None, (None, 0), (80, 30)], ids=["full", "causal", "window"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec(split=True, block_n=32),
+        Spec(split=True, packed=True, block_n=32, head_dim=128, head_dim_v=256, q_in_registers=False),
+        Spec(split=True, packed=True, block_n=32, baseline=75),
+    ],
+    ids=str,
+)
+def test_splits(spec, window):
+    """More parts than tiles of keys leave the last ones empty."""
+    for num_splits, dims in ((1, (64, 64)), (2, (40, 31)), (3, (64, 9)), (9, (5, 50))):
+        arrays = operands(spec, 70, 200, heads=(4, 2), batch_size=2, dims=dims)
+        check(spec, *arrays, window=window, align="bottom_right", num_splits=num_splits)
+    check(spec, *operands(spec, 5, 0), num_splits=3)
 
 
 @pytest.mark.usefixtures("cxx")
@@ -169,17 +274,17 @@ def test_schedules_give_the_same_bits(spec):
 
 
 @pytest.mark.usefixtures("cxx")
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 160, 192, 224, 256])
 def test_no_bank_conflicts(head_dim):
-    spec = Spec(head_dim=head_dim)
+    spec = Spec(head_dim=head_dim, q_in_registers=head_dim < 192, block_n=64 if head_dim < 192 else 32)
     counters = forward(spec, *operands(spec, 128, 128), options=Options(counters=True))[2]
     for kind in ("ldmatrix", "cp_async_shared", "st_shared", "ld_shared", "cp_async_global"):
         traffic = getattr(counters, kind)
         assert traffic.cost == traffic.ideal > 0, kind
-    unswizzled = Module(edited(source(spec), "chunk ^ (row % 8)", "chunk"))
+    unswizzled = Module(edited(source(spec), "^ swizzle(row)", ""))
     kernel = unswizzled.get_function("flash_fwd_sm80")
     counters = forward(spec, *operands(spec, 128, 128), kernel=kernel, options=Options(counters=True))[2]
-    assert counters.ldmatrix.cost == 8 * counters.ldmatrix.ideal
+    assert counters.ldmatrix.cost == (8 if head_dim % 64 == 0 else 4) * counters.ldmatrix.ideal
 
 
 def edited(kernel, old, new):
@@ -191,7 +296,9 @@ def edited(kernel, old, new):
 def test_out_of_bounds_is_named():
     spec = Spec()
     q, k, v = operands(spec, 64, 64, heads=(1, 1))
-    kernel = Module(edited(source(spec), "exists ? 16 : 0", "16")).get_function("flash_fwd_sm80")
+    kernel = Module(edited(source(spec), "exists ? panel_bytes[panel] : 0", "panel_bytes[panel]")).get_function(
+        "flash_fwd_sm80"
+    )
     forward(spec, q, k, v, kernel=kernel)  # whole tiles need no tail
     pattern = r"^copy\.cuh:\d+: .*cp\.async: illegal access .* near array '[kv]': \d+ bytes past its end"
     with pytest.raises(EmulatorError, match=pattern):

@@ -161,8 +161,9 @@ def test_the_cubin_is_the_compilers_for_the_device(monkeypatch: pytest.MonkeyPat
 
 def test_a_gpu_without_kernels_names_math(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, DEVICES["T4"])
+    arguments = heads(1, 2, 70, 90, 64, dtype="bfloat16").arguments()
     with pytest.raises(cupyflash.Unsupported, match=r"no kernel runs on T4.*backend=\"math\""):
-        cupyflash.attention(**on_gpu(call()))
+        cupyflash.attention(**on_gpu(arguments))
 
 
 def test_nothing_to_compute_launches_nothing(gpu: Gpu) -> None:

@@ -57,6 +57,7 @@ ORDER = [
     "flops",
     "formulas",
     "api",
+    "explain",
     "",
     "testing",
 ]

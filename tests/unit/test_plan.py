@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -9,10 +12,21 @@ import numpy as np
 import pytest
 
 import cupyflash
-from cupyflash.plan.choose import choose, choose_spec, every_spec, refusals
+from cupyflash.plan import choose as choosing
+from cupyflash.plan.choose import (
+    blocks_per_sm,
+    candidates,
+    choose,
+    choose_spec,
+    every_spec,
+    num_splits,
+    pack_of,
+    refusals,
+    selector_of,
+)
 from cupyflash.plan.device import DEVICES, EMULATOR, DeviceSpec
-from cupyflash.plan.specs import Plan
-from cupyflash.plan.tiles import TILES, TileConfig, TileRow, rows_for
+from cupyflash.plan.specs import CombineSpec, FwdSpec, Plan
+from cupyflash.plan.tiles import FAMILIES, TILES, TileConfig, TileRow, rows_for
 from cupyflash.problem.masks import Band
 from cupyflash.problem.normalize import normalize
 from cupyflash.problem.problem import Problem
@@ -70,26 +84,206 @@ def test_nothing_to_compute_is_no_launch(empty: dict[str, int]) -> None:
 
 def test_a_loop_over_growing_keys_chooses_once() -> None:
     choose_spec.cache_clear()
-    for seqlen_k in range(1000, 1100):
-        choose(problem(seqlen_q=1, seqlen_k=seqlen_k), H200)
+    plans = {id(choose(problem(seqlen_q=1, seqlen_k=seqlen_k), H200)) for seqlen_k in range(1000, 1100)}
     assert choose_spec.cache_info().misses == 1
+    assert len(plans) == 1  # and the plan is the same object
+    for seqlen_q in range(1000, 1100):
+        choose(problem(seqlen_q=seqlen_q, seqlen_k=seqlen_q), H200)
+    assert choose_spec.cache_info().misses == 2
+
+
+@pytest.mark.parametrize(("seqlen_q", "height"), [(1, 64), (64, 64), (65, 128), (100, 128), (128, 128), (1000, 128)])
+def test_a_tile_is_no_taller_than_its_rows_need(seqlen_q: int, height: int) -> None:
+    (launch,) = choose(problem(batch=64, seqlen_q=seqlen_q), H200).launches
+    assert launch.spec.tile.block_m == height
+
+
+def test_candidates_say_why_not() -> None:
+    def why(device: DeviceSpec = H200, **changes: Any) -> list[tuple[str, tuple[str, ...], str]]:
+        found = candidates(selector_of(problem(**changes), device), device)
+        return [(str(candidate.spec.tile), candidate.reasons, candidate.behind) for candidate in found]
+
+    assert why()[:2] == [
+        ("m128n64w8", (), ""),
+        ("m64n64w4", (), "tile m64n64w4 would read keys and values more often than m128n64w8"),
+    ]
+    assert why()[2][2] == "it pads the head dims to 160 and 160, 128 and 128 hold them too"
+    on_l4 = why(DEVICES["L4"], head_dim=192)
+    assert on_l4[0][1] == (
+        "tile m128n64w8q takes 122880 bytes of shared memory at head dims 192 and 192, L4 has 101376 per block",
+    )
+    assert on_l4[1] == ("m128n32w8q", (), "")
+    assert (
+        why(batch=1, heads=8, seqlen_q=512)[1][2] == "tile m128n64w8 would leave SMs idle, m64n64w4 makes more blocks"
+    )
+    assert why(seqlen_q=1)[1][2] == "tile m128n64w8 pads the rows to 128, m64n64w4 to 64"
+    tiny = replace(H200, name="tiny", smem_per_block=32 << 10)
+    assert {behind for _, _, behind in why(tiny)} == {""}
+    assert all("tiny has 32768 per block" in reasons[0] for _, reasons, _ in why(tiny))
+
+
+def test_a_row_of_another_family_or_of_more_padding_stands_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = rows_for("float16", 128, 128, H200.cc)[0]
+    wider = TileRow("fwd_sm80", ("float16",), 128, 256, (8, 0), (TileConfig(64, 64, 4),))
+    slower = replace(wider, family="slow", head_dim_v=128)
+    monkeypatch.setitem(FAMILIES, "slow", FAMILIES["fwd_sm80"])
+    monkeypatch.setattr("cupyflash.plan.choose.rows_for", lambda *_: [first, wider, slower])
+    found = candidates(selector_of(problem(), H200), H200)
+    assert [candidate.behind for candidate in found[2:]] == [
+        "it pads the head dims to 128 and 256, 128 and 128 hold them too",
+        "fwd_sm80 is preferred to slow",
+    ]
+
+
+# --- packing and splits: as if the family had them -----------------------------------------------------------------
+
+
+@pytest.fixture
+def splits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """fwd_sm80 packs and splits."""
+    monkeypatch.setitem(FAMILIES, "fwd_sm80", replace(FAMILIES["fwd_sm80"], packs=True, splits=True))
+    clear_caches()
+    yield
+    monkeypatch.undo()
+    clear_caches()
+
+
+def clear_caches() -> None:
+    for function in vars(choosing).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+
+
+def decode(batch: int, seqlen_k: int, **changes: Any) -> Problem:
+    """One token of 32 query heads that share 8 key heads."""
+    return problem(batch=batch, heads=32, seqlen_q=1, seqlen_k=seqlen_k, num_heads_k=8, num_heads_v=8, **changes)
+
+
+@pytest.mark.usefixtures("splits")
+@pytest.mark.parametrize("device", ["H200", "A100", "L4", "T4"])
+@pytest.mark.parametrize(("batch", "seqlen_k"), [(1, 4096), (1, 16384), (1, 65536), (1, 262144), (32, 4096), (8, 8192)])
+def test_decoding_fills_the_device(device: str, batch: int, seqlen_k: int) -> None:
+    spec = DEVICES[device]
+    plan = choose(decode(batch, seqlen_k), spec)
+    first = plan.launches[0]
+    assert isinstance(first.spec, FwdSpec)
+    assert (plan.pack, first.spec.packed) == (4, True)
+    assert first.grid == (8 * batch * plan.num_splits,)
+    slots = spec.sms * blocks_per_sm(first.spec, spec)
+    assert first.grid[0] >= 0.75 * slots
+    assert plan.num_splits <= seqlen_k / 64
+    assert plan == choose(decode(batch, seqlen_k), spec)
+    assert first.spec.split == (plan.num_splits > 1) == (len(plan.launches) == 2)
+
+
+@pytest.mark.usefixtures("splits")
+def test_a_short_cache_is_divided_to_the_last_tile() -> None:
+    """8 tiles of queries and 16 of keys can't make more than 128 blocks."""
+    plan = choose(decode(1, 1024), H200)
+    assert (plan.num_splits, plan.launches[0].grid) == (16, (128,))
+    combine = plan.launches[1]
+    assert isinstance(combine.spec, CombineSpec)
+    assert combine.grid[0] * combine.spec.rows_per_block == 32
+
+
+@pytest.mark.usefixtures("splits")
+def test_a_window_limits_the_splits() -> None:
+    """The band of a decoding step with window=(255, 0) has no upper bound: it would remove nothing."""
+    for seqlen_k in (1000, 100_000):
+        plan = choose(decode(1, seqlen_k, band=Band(seqlen_k - 256, None)), H200)
+        assert plan.num_splits == 1  # four tiles of keys
+        plan = choose(decode(1, seqlen_k, band=Band(seqlen_k - 512, None)), H200)
+        assert plan.num_splits == 8
+    assert choose(decode(1, 100_000, band=Band(None, 63)), H200).num_splits == 1
+    assert choose(decode(1, 100_000, band=Band(-600, 600)), H200).num_splits <= 20
+
+
+@pytest.mark.usefixtures("splits")
+def test_a_band_bounds_the_keys_of_a_tile() -> None:
+    """Against every tile of rows there is."""
+    for lower, upper, seqlen_q, seqlen_k in itertools.product(
+        (None, -30, 0, 7), (None, -5, 0, 20), (1, 9, 40), (1, 13, 50)
+    ):
+        band = Band(lower, upper)
+        one = problem(seqlen_q=seqlen_q, seqlen_k=seqlen_k, band=band)
+        for queries in (1, 4, 64):
+            widest = 0
+            for row in range(0, seqlen_q, queries):
+                start, stop = band.key_range(row, min(row + queries, seqlen_q), seqlen_k)
+                widest = max(widest, stop - start)
+            assert choosing._keys_of_a_tile(one, queries) >= widest
+
+
+@pytest.mark.usefixtures("splits")
+def test_a_prompt_is_neither_packed_nor_split() -> None:
+    plan = choose(problem(heads=32, num_heads_k=8, num_heads_v=8), H200)
+    assert (plan.pack, plan.num_splits, len(plan.launches)) == (1, 1, 1)
+
+
+@pytest.mark.usefixtures("splits")
+def test_a_growing_cache_is_divided_into_few_different_numbers_of_parts() -> None:
+    choose_spec.cache_clear()
+    found = [choose(decode(1, seqlen_k), H200).num_splits for seqlen_k in range(4000, 5000)]
+    assert choose_spec.cache_info().misses == 1
+    assert len(set(found)) < 20
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "seqlen_q", "pack"),
+    [
+        ((32, 8, 8), 1, 4),
+        ((32, 8, 16), 1, 2),  # two query heads share both
+        ((32, 1, 1), 1, 32),
+        ((32, 32, 32), 1, 1),
+        ((32, 8, 8), 64, 1),  # a tile is full already
+        ((32, 8, 8), 4096, 1),
+        ((32, 8, 8), 33, 4),
+    ],
+)
+def test_heads_in_a_tile(num_heads: tuple[int, int, int], seqlen_q: int, pack: int) -> None:
+    assert pack_of(num_heads, seqlen_q) == pack
+
+
+@pytest.mark.parametrize(
+    ("num_tiles", "num_key_tiles", "slots", "splits"),
+    [
+        (264, 1000, 264, 1),
+        (212, 1000, 264, 1),  # four fifths of the device
+        (1, 4, 264, 1),  # few keys
+        (1, 5, 264, 5),
+        (1, 0, 264, 1),
+        (8, 11, 80, 6),  # 11 tiles in parts of 2; 7 to 10 parts would leave some empty
+        (1, 4096, 264, 111),  # of at most 128: 4096 tiles in parts of 37
+        (132, 1000, 264, 2),
+    ],
+)
+def test_numbers_of_parts(num_tiles: int, num_key_tiles: int, slots: int, splits: int) -> None:
+    assert num_splits(num_tiles, num_key_tiles, slots) == splits
+
+
+def test_no_part_is_empty_and_none_is_without_a_key() -> None:
+    for num_tiles, num_key_tiles, slots in itertools.product((1, 3, 8, 50), range(1, 200), (40, 116, 264)):
+        parts = num_splits(num_tiles, num_key_tiles, slots)
+        assert 1 <= parts <= num_key_tiles
+        assert math.ceil(num_key_tiles / math.ceil(num_key_tiles / parts)) == parts
 
 
 def test_a_gpu_without_kernels_is_named_with_the_way_out() -> None:
     with pytest.raises(cupyflash.Unsupported, match=r"no kernel runs on T4: .* 8\.0 .* T4 has 7\.5.*backend=\"math\""):
-        choose(problem(), DEVICES["T4"])
+        choose(problem(dtype="bfloat16"), DEVICES["T4"])
     tiny = DeviceSpec("tiny", (8, 0), 1, 32 << 10, 32 << 10, 1 << 20)
     with pytest.raises(cupyflash.Unsupported) as caught:
         choose(problem(), tiny)
-    assert [reason.split(" takes")[0] for reason in caught.value.reasons["cuda"]] == ["tile m128n64w8", "tile m64n64w4"]
+    reasons = [reason.split(" takes")[0] for reason in caught.value.reasons["cuda"]]
+    assert reasons[:2] == ["tile m128n64w8", "tile m64n64w4"]
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"dtype": "float32"}, "it has no float32, only bfloat16, float16"),
-        ({"head_dim": 300}, "it has the head dims 64, 128, but E was 300 and Ev was 300"),
-        ({"head_dim_v": 257}, "it has the head dims 64, 128, but E was 128 and Ev was 257"),
+        ({"head_dim": 300}, "it has the head dims 32, 64, 96, 128, 160, 192, 224, 256, but E was 300 and Ev was 300"),
+        ({"head_dim_v": 257}, "it has the head dims 32, 64, 96, 128, 160, 192, 224, 256, but E was 128 and Ev was 257"),
         ({"float_mask_dtype": "float32"}, "it has no float mask"),
         ({"has_bool_mask": True}, "it has no bool mask"),
         ({"has_score_mod": True}, "it has no score_mod"),
@@ -113,44 +307,85 @@ def test_no_refusal_of_what_there_is_and_all_of_what_is_not() -> None:
     assert len(refusals(problem(dtype="float64", softcap=1.0, dropout_p=0.1))) == 3
 
 
-def test_every_tile_in_the_table_is_legal_where_its_row_begins_and_later() -> None:
+def test_every_row_has_a_legal_tile_where_it_begins_and_later() -> None:
     for row in TILES:
+        for tile in row.tiles:
+            assert FAMILIES[row.family].rules(tile) == []
         for device in DEVICES.values():
             if device.cc >= row.since:
-                assert [row.reasons(tile, 2, device) for tile in row.tiles] == [[] for _ in row.tiles]
+                assert [] in [row.reasons(tile, 2, device) for tile in row.tiles], (row, device.name)
 
 
 @pytest.mark.parametrize(
     ("tile", "reason"),
     [
         (TileConfig(64, 64, 8), "8 warps need m128"),
-        (TileConfig(128, 32, 8), "at least half of m"),
-        (TileConfig(64, 40, 4), "a multiple of 16"),
+        (TileConfig(64, 40, 4), "copies 16 keys at a time"),
+        (TileConfig(128, 16, 8), "copies 32 keys at a time"),
         (TileConfig(128, 512, 8), "takes 393216 bytes of shared memory at head dims 128 and 128, H200 has 232448"),
     ],
 )
 def test_illegal_tiles(tile: TileConfig, reason: str) -> None:
-    (found,) = TILES[1].reasons(tile, 2, H200)
+    row = rows_for("float16", 128, 128, H200.cc)[0]
+    (found,) = row.reasons(tile, 2, H200)
     assert reason in found
 
 
 def test_the_latest_row_that_a_gpu_reaches_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     later = TileRow("fwd_sm80", ("float16",), 64, 64, (9, 0), (TileConfig(64, 32, 4),))
     monkeypatch.setattr("cupyflash.plan.tiles.TILES", (later, *TILES))
-    assert rows_for("float16", 64, 64, (8, 9))[0] == TILES[0]
+    assert rows_for("float16", 64, 64, (8, 9))[0].since == (8, 0)
     assert rows_for("float16", 64, 64, (12, 0))[0] == later
-    assert rows_for("bfloat16", 64, 64, (12, 0))[0] == TILES[0]
-    assert rows_for("float16", 64, 64, (7, 5)) == []
+    assert rows_for("bfloat16", 64, 64, (12, 0))[0].since == (8, 0)
+    assert rows_for("float16", 64, 64, (7, 5))[0].since == (7, 5)
+    assert rows_for("bfloat16", 64, 64, (7, 5)) == []
+    assert rows_for("float16", 64, 64, (7, 0)) == []
+
+
+@pytest.mark.parametrize(
+    ("head_dims", "padded"),
+    [
+        ((0, 0), (32, 32)),
+        ((32, 33), (64, 64)),
+        ((65, 3), (96, 96)),
+        ((100, 64), (128, 64)),
+        ((40, 128), (64, 128)),
+        ((192, 128), (192, 128)),
+        ((161, 129), (192, 192)),
+        ((5, 256), (128, 256)),
+        ((256, 200), (256, 256)),
+    ],
+)
+def test_head_dims_are_padded_as_little_as_possible(head_dims: tuple[int, int], padded: tuple[int, int]) -> None:
+    rows = rows_for("bfloat16", *head_dims, H200.cc)
+    assert (rows[0].head_dim, rows[0].head_dim_v) == padded
+
+
+@pytest.mark.parametrize(
+    ("device", "tile"), [("A100", "m128n64w8q"), ("L4", "m128n32w8q"), ("H200", "m128n64w8q"), ("T4", "m64n32w4q")]
+)
+def test_the_first_tile_that_fits_is_chosen(device: str, tile: str) -> None:
+    (launch,) = choose(problem(head_dim=192), DEVICES[device]).launches
+    assert str(launch.spec.tile) == tile
 
 
 def test_every_spec_has_a_name_of_its_own_and_is_what_choose_gives() -> None:
     specs = list(every_spec())
     assert len({str(spec) for spec in specs}) == len(specs)
     chosen = {
-        choose(problem(dtype=dtype, head_dim=head_dim, seqlen_q=seqlen_q, **changes), H200).launches[0].spec
-        for dtype in ("float16", "bfloat16")
-        for head_dim in (64, 128)
-        for seqlen_q in (1, 4096)
+        choose(problem(dtype=dtype, head_dim=row.head_dim, head_dim_v=row.head_dim_v, **size, **changes), device)
+        .launches[0]
+        .spec
+        for row in TILES
+        for dtype in row.dtypes
+        for device in map(DEVICES.__getitem__, ("T4", "A100", "L4"))
+        if device.cc >= row.since and (device.cc >= (8, 0) or dtype == "float16")
+        for size in (
+            {},
+            {"batch": 1, "heads": 1, "seqlen_q": 1},
+            {"batch": 1, "seqlen_q": 3, "num_heads_k": 2, "num_heads_v": 4},
+            {"batch": 500, "seqlen_q": 33, "num_heads_k": 2, "num_heads_v": 4},
+        )
         for changes in ({}, {"band": Band(None, 0)}, {"band": Band(-1, 0)}, {"scale": -1.0})
     }
-    assert chosen == set(specs)
+    assert chosen == {spec for spec in specs if not spec.split}
