@@ -126,11 +126,11 @@ struct Forward {
     const auto rows = work.rows_of<Config, u16>(params, params.q);
     const int num_rows = FwdWork::num_rows<Config>(params);
     load_tile<Config, Traits::QTile>(SharedStorage::q(), rows, row_begin, num_rows, params.head_dim);
-    if constexpr (Traits::kAsync) isa::cp_async_commit();
+    if constexpr (Traits::kAsync && Config::kQInRegisters) isa::cp_async_commit();  // else with K
     copy_k(0, first_tile);
     if constexpr (Config::kQInRegisters) {
-      if constexpr (Traits::kAsync) isa::cp_async_wait<1>();
-      isa::sync_threads();  // Q has arrived, every thread's part of it
+      if constexpr (Traits::kAsync) isa::cp_async_wait<1>();  // all but K
+      isa::sync_threads();                                    // Q has arrived, every thread's part of it
       q.load();
     }
   }
