@@ -169,12 +169,12 @@ struct Forward {
     }
   }
 
-  // S += Q K^T over one panel.
-  __device__ __forceinline__ void multiply_q_k() {
+  // S += Q K^T over the first `num_elements` of a panel, and zeros that fill up the last step.
+  __device__ __forceinline__ void multiply_q_k(int num_elements) {
     const u32 q_smem = SharedStorage::q() + static_cast<u32>(row_begin * Traits::kPanelRowBytes);
     const u32 k_smem = SharedStorage::k() + static_cast<u32>(lane_x * Traits::kPanelRowBytes);
 #pragma unroll 2
-    for (int e = 0; e < Traits::kPanelElements; e += Traits::kStep) {
+    for (int e = 0; e < num_elements; e += Traits::kStep) {
       Accumulator k_frag[Traits::kColumns][Traits::kStep];
 #pragma unroll
       for (int c = 0; c < Traits::kColumns; ++c) {
@@ -207,7 +207,7 @@ struct Forward {
       load_panel<Config::kBlockN, Traits::kPanelElements, Traits::kPanelRowBytes>(
           SharedStorage::k(), k, first_key, params.seqlen_k, column, params.head_dim);
       isa::sync_threads();  // Q and K panels have arrived
-      multiply_q_k();
+      multiply_q_k(at_most(params.head_dim - column, Traits::kPanelElements));
       isa::sync_threads();  // they have been read
     }
 #pragma unroll
