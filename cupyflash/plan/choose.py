@@ -333,8 +333,10 @@ def _why_behind(row: TileRow, tile: TileConfig, best_row: TileRow, best: TileCon
 def _spec(row: TileRow, tile: TileConfig, selector: Selector) -> FwdSpec:
     baseline = min(80, 10 * row.since[0] + row.since[1])
     dims = (row.head_dim, row.head_dim_v)
-    packed = selector.packed_rows is not None and FAMILIES[row.family].packs
-    return FwdSpec(row.family, selector.dtype, *dims, tile, selector.features, packed, baseline=baseline)
+    family = FAMILIES[row.family]
+    packed = selector.packed_rows is not None and family.packs
+    features = replace(selector.features, scale_first=False) if family.any_scale else selector.features
+    return FwdSpec(row.family, selector.dtype, *dims, tile, features, packed, baseline=baseline)
 
 
 def pack_of(num_heads: tuple[int, int, int], seqlen_q: int) -> int:

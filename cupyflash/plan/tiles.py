@@ -45,6 +45,8 @@ class Family:
         Bytes at whose multiples rows have to begin.
     packs, splits : bool
         Whether there are kernels whose tiles hold several heads, and kernels that share a tile's keys.
+    any_scale : bool
+        Every kernel takes any scale: there is none with `Features.scale_first`.
     """
 
     shared_bytes: Callable[[TileConfig, int, int, int], int]
@@ -52,6 +54,7 @@ class Family:
     row_alignment: Callable[[int], int]
     packs: bool = False
     splits: bool = False
+    any_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,24 @@ def _sm80_shared_bytes(tile: TileConfig, head_dim: int, head_dim_v: int, itemsiz
     return max(q + 2 * k, out) + v
 
 
+def _simt_rules(tile: TileConfig) -> list[str]:
+    if tile.block_m % (2 * tile.num_warps) or tile.block_n % 16:
+        return [f"a row has 16 threads, so m must be a multiple of {2 * tile.num_warps} and n of 16"]
+    return []
+
+
+def _simt_shared_bytes(tile: TileConfig, head_dim: int, head_dim_v: int, itemsize: int) -> int:
+    """Panels of 128 bytes of Q and K, and P, as accumulators; 16 bytes of padding at each row."""
+    p_row = tile.block_n * max(4, itemsize) + 16
+    return (tile.block_m + tile.block_n) * 144 + tile.block_m * p_row
+
+
 FAMILIES: dict[str, Family] = {
     # Copies are of 16 bytes at a time.
     "fwd_sm80": Family(_sm80_shared_bytes, _sm80_rules, lambda itemsize: 16, packs=True, splits=False),
+    "fwd_simt": Family(
+        _simt_shared_bytes, _simt_rules, lambda itemsize: itemsize, packs=True, splits=True, any_scale=True
+    ),
 }
 
 # Eight warps fetch K and V half as often as four do; four warps make twice as many blocks, for problems that would
@@ -112,6 +130,9 @@ _SHORT_Q, _SMALL_Q = TileConfig(128, 32, 8, q_in_registers=False), TileConfig(64
 _TINY_Q = TileConfig(64, 16, 4, q_in_registers=False)
 
 _HALF = ("float16", "bfloat16")
+
+# A thread has 4 x 4 scores; of double 4 x 2, for P would otherwise take twice the shared memory.
+_SINGLE, _DOUBLE = TileConfig(64, 64, 8), TileConfig(64, 32, 8)
 
 #: Families in the order of preference.
 TILES: tuple[TileRow, ...] = (
@@ -142,6 +163,13 @@ TILES: tuple[TileRow, ...] = (
     TileRow("fwd_sm80", ("float16",), 128, 128, (7, 5), (_WIDE, _NARROW)),
     TileRow("fwd_sm80", ("float16",), 192, 192, (7, 5), (_SMALL_Q,)),
     TileRow("fwd_sm80", ("float16",), 256, 256, (7, 5), (_TINY_Q,)),
+    # 35 KiB, of double 30.  Queries and keys are walked over in pieces of 128 bytes, so E chooses no kernel, and may be
+    # anything up to 256 like Ev.  As compiled up to 128 registers at 64, then one block of eight warps per SM.
+    *(
+        TileRow("fwd_simt", (dtype,), 256, head_dim_v, (7, 5), (tile,))
+        for dtype, tile in (("float32", _SINGLE), ("float64", _DOUBLE), ("bfloat16", _SINGLE))
+        for head_dim_v in (32, 64, 128, 256)
+    ),
 )
 
 
