@@ -36,12 +36,12 @@ struct ScoreParams {
   const void* sinks;          // [num_heads_q]; null: no sinks
   const u64* seed_data;       // where the seed is read when the kernel runs; null: it is `seed`
   u64 seed;
-  double softcap;             // 0: off
-  double dropout_scale;       // 1 / (1 - p); 1 without dropout, 0 if p is 1
-  u32 dropout_threshold;      // floor(2^32 p), if Config::kDropout
-  int shift;                  // of the diagonal, for ALiBi; |shift| <= 2^30
-  int alibi_batch_stride;     // num_heads_q, or 0
-  int sinks_are_float;        // 1: sinks are float; 0: of Config::Element
+  double softcap;          // 0: off
+  double dropout_scale;    // 1 / (1 - p); 1 without dropout, 0 if p is 1
+  u32 dropout_threshold;   // floor(2^32 p), if Config::kDropout
+  int shift;               // of the diagonal, for ALiBi; |shift| <= 2^30
+  int alibi_batch_stride;  // num_heads_q, or 0
+  int sinks_are_float;     // 1: sinks are float; 0: of Config::Element
 };
 
 // One forward pass. Query i and key j take part together iff  lower <= j - i <= upper.
@@ -69,6 +69,7 @@ struct FwdParams {
   int num_splits;  // if Config::kSplit: parts into which the keys of a tile of queries are divided
   int lower;       // read if Config::kHasLower; |lower| <= 2^30, as are the lengths
   int upper;       // read if Config::kHasUpper; |upper| <= 2^30
+  ScoreParams scores;
 };
 
 // Joins the partial results that the blocks of a split forward pass left: see FwdParams.
