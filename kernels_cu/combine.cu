@@ -21,6 +21,7 @@
 // A NaN in a part stays in its row. Rows need only an element's own alignment.
 #include "isa.cuh"
 #include "element.cuh"
+#include "sink.cuh"
 #include "work.cuh"
 
 struct Traits {
@@ -61,10 +62,21 @@ struct Combine {
     row_sum = sum_of_lanes<32>(row_sum);
   }
 
-  __device__ __forceinline__ void store_out() const {
-    const int head = static_cast<int>(row / params.seqlen_q % params.num_heads_q);
+  // What the row's parts, weighed by exp(lse_s - m), are multiplied by: 1 / l, with the head's sink in l.
+  __device__ __forceinline__ RowEnd<Accumulator> end() const {
+    RowEnd<Accumulator> end = {negative_infinity(), 0};
+    if (row_sum != 0) end = {row_max + natural_log(row_sum), 1 / row_sum};
+    if (params.sinks != nullptr) {
+      end = add_sink<typename Config::Element>(end, params.sinks, params.sinks_are_float != 0, head());
+    }
+    return end;
+  }
+
+  __device__ __forceinline__ int head() const { return static_cast<int>(row / params.seqlen_q % params.num_heads_q); }
+
+  __device__ __forceinline__ void store_out(Accumulator factor) const {
     const int batch = static_cast<int>(row / params.seqlen_q / params.num_heads_q);
-    const auto rows = head_rows<typename Traits::Element::Storage>(params, params.out, batch, head);
+    const auto rows = head_rows<typename Traits::Element::Storage>(params, params.out, batch, head());
     auto* out = rows.row(static_cast<int>(row % params.seqlen_q));
     for (int column = isa::lane_index(); column < params.head_dim_v; column += 32) {
       Accumulator sum = 0;
@@ -75,13 +87,12 @@ struct Combine {
             static_cast<const Accumulator*>(params.partial_out) + (split * num_rows + row) * params.head_dim_v;
         sum += exponential(lse - row_max) * Traits::AccumulatorElement::load(part + column);
       }
-      Traits::Element::store(out + column, row_sum == 0 ? Accumulator(0) : sum / row_sum);
+      Traits::Element::store(out + column, sum * factor);
     }
   }
 
-  __device__ __forceinline__ void store_lse() const {
+  __device__ __forceinline__ void store_lse(Accumulator lse) const {
     if (params.lse == nullptr || isa::lane_index() != 0) return;
-    const Accumulator lse = row_sum == 0 ? Accumulator(negative_infinity()) : row_max + natural_log(row_sum);
     Traits::AccumulatorElement::store(static_cast<Accumulator*>(params.lse) + row, lse);
   }
 };
@@ -93,7 +104,8 @@ extern "C" __global__ void __launch_bounds__(Config::kNumThreads, 1)
   if (row < num_rows) {  // the same in all lanes of a warp
     Combine combine(params, row, num_rows);
     combine.sum_weights();
-    combine.store_out();
-    combine.store_lse();
+    const RowEnd<Traits::Accumulator> end = combine.end();
+    combine.store_out(end.factor);
+    combine.store_lse(end.lse);
   }
 }

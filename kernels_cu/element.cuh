@@ -72,6 +72,9 @@ __device__ __forceinline__ double exponential(double x) { return exp(x); }
 __device__ __forceinline__ float natural_log(float x) { return logf(x); }
 __device__ __forceinline__ double natural_log(double x) { return log(x); }
 
+__device__ __forceinline__ float hyperbolic_tangent(float x) { return tanhf(x); }
+__device__ __forceinline__ double hyperbolic_tangent(double x) { return tanh(x); }
+
 // Over the kLanes neighbouring lanes of a group, each of which gets the result; kLanes is a power of two. All 32 lanes.
 template <int kLanes, class T>
 __device__ __forceinline__ T largest_of_lanes(T value) {

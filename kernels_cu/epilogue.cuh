@@ -2,41 +2,41 @@
 #pragma once
 
 #include "copy.cuh"
+#include "score.cuh"
 #include "softmax.cuh"
 
-// Divides O by the row sums and adds the sums up over the lanes of a row. A row without keys becomes 0.
-template <int kOutTiles>
-__device__ __forceinline__ void normalize(float (&o_frag)[kOutTiles][4], RowState& state) {
+// Divides O by the row sums, which it adds up over the lanes of a row, and gives the rows' log-sum-exps. The maximum is
+// that of raw scores, or of what came of them if Config::kScaleFirst.
+template <class Config, int kOutTiles>
+__device__ __forceinline__ void normalize(float (&o_frag)[kOutTiles][4], float (&lse)[2], const RowState& state,
+                                          const FwdParams& params, const FwdWork& work, int row_begin) {
+  const int lane = isa::lane_index();
+  const float max_scale = Config::kScaleFirst ? 1.0f : static_cast<float>(params.scale);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float row_sum = state.row_sum[half];
-    row_sum += isa::shuffle_xor(row_sum, 1);
-    row_sum += isa::shuffle_xor(row_sum, 2);
-    state.row_sum[half] = row_sum;
-    const float inverse = row_sum == 0.0f ? 0.0f : 1.0f / row_sum;
+    const float row_sum = sum_of_lanes<4>(state.row_sum[half]);
+    const int head = work.head_of<Config>(params, row_begin + acc_row(lane, 2 * half));
+    const auto end = end_row<Config>(state.row_max[half] * max_scale, row_sum, params, head);
+    lse[half] = end.lse;
 #pragma unroll
     for (int n = 0; n < kOutTiles; ++n) {
-      o_frag[n][2 * half] *= inverse;
-      o_frag[n][2 * half + 1] *= inverse;
+      o_frag[n][2 * half] *= end.factor;
+      o_frag[n][2 * half + 1] *= end.factor;
     }
   }
 }
 
-// The log-sum-exp of the warp's rows, natural logarithm: max_scale m + ln l; -inf without keys. lse_gmem is
-// the whole array, or that of all splits.
+// lse_gmem is the whole array, or that of all splits.
 template <class Config>
-__device__ __forceinline__ void store_lse(float* lse_gmem, const FwdParams& params, const FwdWork& work,
-                                          const RowState& state, float max_scale, int row_begin) {
+__device__ __forceinline__ void store_lse(float* lse_gmem, const float (&lse)[2], const FwdParams& params,
+                                          const FwdWork& work, int row_begin) {
   const int lane = isa::lane_index();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = row_begin + acc_row(lane, 2 * half);
-    const bool has_keys = state.row_sum[half] != 0.0f;
-    const float lse = state.row_max[half] * max_scale + logf(state.row_sum[half]);
     // One of the row's four lanes writes.
     if (lane % 4 == 0 && row < FwdWork::num_rows<Config>(params)) {
-      isa::stg_4(lse_gmem + work.place_of<Config>(params, row),
-                 has_keys ? isa::float_bits(lse) : kNegativeInfinityBits);
+      isa::stg_4(lse_gmem + work.place_of<Config>(params, row), isa::float_bits(lse[half]));
     }
   }
 }

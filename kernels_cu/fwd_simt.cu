@@ -34,10 +34,11 @@
 // Rows need only an element's own alignment, so elements are read one by one, neighbours by neighbouring threads.
 // Scores are always scaled before the softmax: beside the products that costs nothing, and any scale is right.
 //
-// Not supported: head dims of values beyond kHeadDimV; float masks, score modifications, dropout.
+// Not supported: head dims of values beyond kHeadDimV; score_mod and mask_mod.
 #include "isa.cuh"
 #include "element.cuh"
 #include "mask.cuh"
+#include "score.cuh"
 #include "work.cuh"
 
 // `rows`, halved until they fit.
@@ -217,6 +218,34 @@ struct Forward {
     }
   }
 
+  // From scale q k to what the softmax is taken of, but for the band.
+  __device__ __forceinline__ void change_scores(int first_key, bool is_whole) {
+#pragma unroll
+    for (int r = 0; r < Traits::kRows; ++r) {
+      const int row = work.row_begin + row_begin + r;
+      const int head = work.head_of<Config>(params, row);
+      const ScoreRow<Config> scores(params, work.batch, head, FwdWork::query_of<Config>(params, row), is_whole);
+#pragma unroll
+      for (int c = 0; c < Traits::kColumns; ++c) s_frag[r][c] = scores(s_frag[r][c], first_key + lane_x + 16 * c);
+    }
+  }
+
+  // Sets weights that dropout drops to 0; what is kept is scaled at the row's end.
+  __device__ __forceinline__ void drop_weights(int first_key) {
+    const u64 seed = dropout_seed(params.scores);
+#pragma unroll
+    for (int r = 0; r < Traits::kRows; ++r) {
+      const int row = work.row_begin + row_begin + r;
+      const u64 head = static_cast<u64>(work.batch) * params.num_heads_q + work.head_of<Config>(params, row);
+      const int query = FwdWork::query_of<Config>(params, row);
+#pragma unroll
+      for (int c = 0; c < Traits::kColumns; ++c) {
+        const int key = first_key + lane_x + 16 * c;
+        if (!dropout_keep(seed, head, query, key, params.scores.dropout_threshold)) s_frag[r][c] = 0;
+      }
+    }
+  }
+
   // Sets the scores of keys that do not take part to -inf.
   __device__ __forceinline__ void mask_scores(int first_key) {
 #pragma unroll
@@ -302,11 +331,13 @@ struct Forward {
 
   // One tile of keys.
   template <bool kMasked>
-  __device__ __forceinline__ void kv_step(int tile) {
+  __device__ __forceinline__ void kv_step(int tile, bool is_whole) {
     const int first_key = tile * Config::kBlockN;
     compute_scores(first_key);
+    if constexpr (ScoreFeatures<Config>::kAny) change_scores(first_key, is_whole);
     if constexpr (kMasked) mask_scores(first_key);
     online_softmax();
+    if constexpr (Config::kDropout) drop_weights(first_key);
     store_p();
 #pragma unroll 1
     for (int begin = 0; begin < Config::kBlockN; begin += Traits::kPanelKeys) {
@@ -318,14 +349,13 @@ struct Forward {
     }
   }
 
-  // O / l of one of the thread's rows, from `destination` on.
+  // One of the thread's rows of O, times `factor`, from `destination` on.
   template <class Element>
-  __device__ __forceinline__ void store_row(int r, typename Element::Storage* destination) const {
+  __device__ __forceinline__ void store_row(int r, Accumulator factor, typename Element::Storage* destination) const {
 #pragma unroll
     for (int c = 0; c < Traits::kOutColumns; ++c) {
       const int column = (c / Traits::kVector * 16 + lane_x) * Traits::kVector + c % Traits::kVector;
-      const Accumulator value = row_sum[r] == 0 ? Accumulator(0) : o_frag[r][c] / row_sum[r];
-      if (column < params.head_dim_v) Element::store(destination + column, value);
+      if (column < params.head_dim_v) Element::store(destination + column, o_frag[r][c] * factor);
     }
   }
 
@@ -339,17 +369,14 @@ struct Forward {
       const int row = work.row_begin + row_begin + r;
       if (row < FwdWork::num_rows<Config>(params)) {
         const long long place = work.place_of<Config>(params, row);
+        const auto end = end_row<Config>(row_max[r], row_sum[r], params, work.head_of<Config>(params, row));
         if constexpr (Config::kSplit) {
-          store_row<Traits::AccumulatorElement>(r, partial_out + place * params.head_dim_v);
+          store_row<Traits::AccumulatorElement>(r, end.factor, partial_out + place * params.head_dim_v);
         } else {
-          store_row<Traits::Element>(r, out.row(row));
+          store_row<Traits::Element>(r, end.factor, out.row(row));
         }
         // One of the row's 16 threads writes.
-        if (lse != nullptr && lane_x == 0) {
-          const Accumulator sum =
-              row_sum[r] == 0 ? Accumulator(negative_infinity()) : row_max[r] + natural_log(row_sum[r]);
-          Traits::AccumulatorElement::store(lse + place, sum);
-        }
+        if (lse != nullptr && lane_x == 0) Traits::AccumulatorElement::store(lse + place, end.lse);
       }
     }
   }
@@ -360,11 +387,14 @@ extern "C" __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   const FwdWork work = FwdWork::of_block<Config>(params);
   Forward forward(params, work);
   const KeyTiles tiles = key_tiles<Config>(params, work);
-  for (int tile = tiles.end - 1; tile >= tiles.begin; --tile) {
+  const TileMarks<Config> marks(params, work);
+  for (int tile = marks.last_live(tiles.end - 1, tiles.begin); tile >= tiles.begin;
+       tile = marks.last_live(tile - 1, tiles.begin)) {
+    const bool is_whole = marks.of(tile) == 2;
     if (tiles.full_begin <= tile && tile < tiles.full_end) {
-      forward.kv_step<false>(tile);
+      forward.kv_step<false>(tile, is_whole);
     } else {
-      forward.kv_step<true>(tile);
+      forward.kv_step<true>(tile, is_whole);
     }
   }
   forward.finish();

@@ -41,11 +41,12 @@
 //
 // sm_75 has no cp.async: its copies are done when load_tile returns, and the sync_threads remain.
 //
-// Not supported: rows that do not start at multiples of 16 bytes; float masks, score modifications, dropout.
+// Not supported: rows that do not start at multiples of 16 bytes; score_mod and mask_mod.
 #include "isa.cuh"
 #include "epilogue.cuh"
 #include "gemm.cuh"
 #include "mask.cuh"
+#include "score.cuh"
 #include "softmax.cuh"
 #include "work.cuh"
 
@@ -61,6 +62,7 @@ struct Traits {
 
   static_assert(Config::kBlockM == 16 * Config::kNumWarps, "a warp owns 16 rows of queries");
   static_assert(Config::kBlockN % 16 == 0, "P V goes over the keys in steps of 16");
+  static_assert(Config::kScaleFirst || !ScoreFeatures<Config>::kAny, "what is added to scores is not scaled");
 };
 
 // Addresses in shared memory; the picture above says when each is in use. Where K is narrow and V wide, O needs
@@ -82,6 +84,7 @@ static_assert(SharedStorage::kBytes == Config::kSharedBytes, "the launch asks fo
 
 struct Forward {
   const FwdParams& params;
+  const FwdWork& work;
   int row_begin;  // the first of the block's rows
   int warp_row;   // the first of the warp's rows, in the tile
   HeadRows<u16> k;
@@ -94,6 +97,7 @@ struct Forward {
 
   __device__ __forceinline__ Forward(const FwdParams& params, const FwdWork& work)
       : params(params),
+        work(work),
         row_begin(work.row_begin),
         warp_row(16 * isa::warp_index()),
         k(head_rows<u16>(params, params.k, work.batch, work.head / params.group_size_k)),
@@ -135,25 +139,28 @@ struct Forward {
     }
   }
 
-  // One tile of keys. `step` counts from 0 and chooses K's buffer; the next tile is the one before this.
+  // One tile of keys, and the one after it, if there is one. `step` counts from 0 and chooses K's buffer; is_whole: the
+  // bool mask removes nothing from the tile.
   template <bool kMasked>
-  __device__ __forceinline__ void kv_step(int tile, int step, bool has_next) {
+  __device__ __forceinline__ void kv_step(int tile, int step, bool is_whole, bool has_next, int next) {
     if constexpr (Traits::kAsync) isa::cp_async_wait<0>();
     isa::sync_threads();  // K(tile) has arrived; K and V of the last step, and Q, have been read
     copy_v(tile);
     if (has_next) {
-      copy_k((step + 1) % 2, tile - 1);
+      copy_k((step + 1) % 2, next);
     } else {
       if constexpr (Traits::kAsync) isa::cp_async_commit();  // so that V's group is the last but one in every step
     }
 
     float s_frag[Traits::kScoreTiles][4];
     multiply_q_k<Config, Traits::QTile, Traits::KTile>(s_frag, q, SharedStorage::k(step % 2));
+    const int row = row_begin + warp_row;
+    const int first_key = tile * Config::kBlockN;
     if constexpr (Config::kScaleFirst) scale_scores(s_frag, static_cast<float>(params.scale));
-    if constexpr (kMasked) {
-      mask_scores<Config>(s_frag, params, row_begin + warp_row, tile * Config::kBlockN);
-    }
+    if constexpr (ScoreFeatures<Config>::kAny) change_scores<Config>(s_frag, params, work, row, first_key, is_whole);
+    if constexpr (kMasked) mask_scores<Config>(s_frag, params, row, first_key);
     online_softmax<Config::kScaleFirst>(s_frag, o_frag, state, scale_log2);
+    if constexpr (Config::kDropout) drop_weights<Config>(s_frag, params, work, row, first_key);
 
     if constexpr (Traits::kAsync) isa::cp_async_wait<1>();
     isa::sync_threads();  // V(tile) has arrived; all warps are done with K(tile)
@@ -163,13 +170,11 @@ struct Forward {
   __device__ __forceinline__ void finish() {
     // Found again rather than kept: the loop needs the registers.
     const FwdWork work = FwdWork::of_block<Config>(params);
-    normalize(o_frag, state);
     const int row = row_begin + warp_row;
+    float lse[2];
+    normalize<Config>(o_frag, lse, state, params, work, row);
     void* lse_gmem = Config::kSplit ? params.partial_lse : params.lse;
-    if (lse_gmem != nullptr) {
-      const float max_scale = Config::kScaleFirst ? 1.0f : static_cast<float>(params.scale);
-      store_lse<Config>(static_cast<float*>(lse_gmem), params, work, state, max_scale, row);
-    }
+    if (lse_gmem != nullptr) store_lse<Config>(static_cast<float*>(lse_gmem), lse, params, work, row);
     if constexpr (Config::kSplit) {
       store_partial_out<Config>(params, work, o_frag, row);
     } else {
@@ -185,16 +190,18 @@ extern "C" __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   const FwdWork work = FwdWork::of_block<Config>(params);
   Forward forward(params, work);
   const KeyTiles tiles = key_tiles<Config>(params, work);
-  if (tiles.begin < tiles.end) {
-    forward.load_q(work, tiles.end - 1);
-    for (int tile = tiles.end - 1, step = 0; tile >= tiles.begin; --tile, ++step) {
-      const bool has_next = tile > tiles.begin;
-      if (tiles.full_begin <= tile && tile < tiles.full_end) {
-        forward.kv_step<false>(tile, step, has_next);
-      } else {
-        forward.kv_step<true>(tile, step, has_next);
-      }
+  const TileMarks<Config> marks(params, work);
+  int tile = marks.last_live(tiles.end - 1, tiles.begin);
+  if (tile >= tiles.begin) forward.load_q(work, tile);
+  for (int step = 0; tile >= tiles.begin; ++step) {
+    const int next = marks.last_live(tile - 1, tiles.begin);
+    const bool is_whole = marks.of(tile) == 2;
+    if (tiles.full_begin <= tile && tile < tiles.full_end) {
+      forward.kv_step<false>(tile, step, is_whole, next >= tiles.begin, next);
+    } else {
+      forward.kv_step<true>(tile, step, is_whole, next >= tiles.begin, next);
     }
+    tile = next;
   }
   forward.finish();
 }

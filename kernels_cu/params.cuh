@@ -18,6 +18,32 @@ struct Tensor {
   long long row_stride;
 };
 
+// Where an array over scores (*batch, head, query, key) lies: strides in elements, 0 where it broadcasts.
+struct Mask {
+  const void* data;
+  long long batch_strides[kBatchAxes];
+  long long head_stride;
+  long long row_stride;
+  long long column_stride;
+};
+
+// What is done to scores between Q K^T and P V, beyond the band. score.cuh reads it, as far as Config says.
+struct ScoreParams {
+  Mask float_mask;            // of Config::FloatMask, added; -inf removes
+  Mask bool_mask;             // bytes, not 0 where the key takes part
+  Mask summary;               // bytes, one for each tile: see mask_summary.cu; data is null if there is none
+  const float* alibi_slopes;  // [batch_size or 1, num_heads_q]; null: no ALiBi
+  const void* sinks;          // [num_heads_q]; null: no sinks
+  const u64* seed_data;       // where the seed is read when the kernel runs; null: it is `seed`
+  u64 seed;
+  double softcap;          // 0: off
+  double dropout_scale;    // 1 / (1 - p); 1 without dropout, 0 if p is 1
+  u32 dropout_threshold;   // floor(2^32 p), if Config::kDropout
+  int shift;               // of the diagonal, for ALiBi; |shift| <= 2^30
+  int alibi_batch_stride;  // num_heads_q, or 0
+  int sinks_are_float;     // 1: sinks are float; 0: of Config::Element
+};
+
 // One forward pass. Query i and key j take part together iff  lower <= j - i <= upper.
 //
 // Accumulators are float, double for elements of double.
@@ -43,6 +69,7 @@ struct FwdParams {
   int num_splits;  // if Config::kSplit: parts into which the keys of a tile of queries are divided
   int lower;       // read if Config::kHasLower; |lower| <= 2^30, as are the lengths
   int upper;       // read if Config::kHasUpper; |upper| <= 2^30
+  ScoreParams scores;
 };
 
 // Joins the partial results that the blocks of a split forward pass left: see FwdParams.
@@ -51,10 +78,12 @@ struct CombineParams {
   void* lse;                // accumulators [batch_size, num_heads_q, seqlen_q]; may be null
   const void* partial_out;  // accumulators [num_splits, batch_size, num_heads_q, seqlen_q, head_dim_v]
   const void* partial_lse;  // accumulators [num_splits, batch_size, num_heads_q, seqlen_q]
+  const void* sinks;        // [num_heads_q]; null: no sinks
   int batch_shape[kBatchAxes];
   int batch_size;
   int num_heads_q;
   int seqlen_q;
   int head_dim_v;
   int num_splits;
+  int sinks_are_float;  // 1: sinks are float; 0: of Config::Element
 };

@@ -3,6 +3,7 @@
 // No <stdint.h>: NVRTC has no host headers, and `long` differs between hosts.
 #pragma once
 
+using u8 = unsigned char;
 using u16 = unsigned short;
 using u32 = unsigned int;
 using u64 = unsigned long long;
@@ -18,3 +19,6 @@ constexpr u32 kNegativeInfinityBits = 0xff800000u;
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
+
+// Where a Config names elements that are not there.
+struct NoMask {};

@@ -108,6 +108,11 @@ struct FwdWork {
     return row / heads_per_tile<Config>(params);
   }
 
+  template <class Config>
+  __device__ __forceinline__ int head_of(const FwdParams& params, int row) const {
+    return head + row % heads_per_tile<Config>(params);
+  }
+
   // An array of queries, or of what is there for each of them, by row.
   template <class Config, class Storage>
   __device__ __forceinline__ auto rows_of(const FwdParams& params, const Tensor& tensor) const {

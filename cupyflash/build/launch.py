@@ -17,14 +17,34 @@ import numpy as np
 
 from ..errors import Unsupported
 from ..plan.specs import CombineSpec, FwdSpec, KernelSpec, Launch, Plan
+from ..problem.philox import dropout_threshold
 from ..problem.problem import Buffers, Problem
 from ..problem.shapes import join, joinable_axes
-from .params import BATCH_AXES, COMBINE_PARAMS, FWD_PARAMS, TENSOR, layout_checks, pack_combine, pack_forward
+from .params import (
+    BATCH_AXES,
+    COMBINE_PARAMS,
+    FWD_PARAMS,
+    MASK,
+    NO_SCORES,
+    SCORE_PARAMS,
+    TENSOR,
+    layout_checks,
+    pack_combine,
+    pack_forward,
+    pack_scores,
+)
 from .source import ConfigValue, KernelSource, render
 
 __all__ = ["Copy", "Operands", "batch_refusals", "copies_of", "entry_of", "launches", "prepare", "render_kernel"]
 
 _ELEMENTS = {"float16": "Float16", "bfloat16": "BFloat16", "float32": "float", "float64": "double"}
+_STRUCTURES = {
+    "Tensor": TENSOR,
+    "Mask": MASK,
+    "ScoreParams": SCORE_PARAMS,
+    "FwdParams": FWD_PARAMS,
+    "CombineParams": COMBINE_PARAMS,
+}
 # What a copy's rows begin at multiples of: as much as any kernel asks for.
 _COPY_ALIGNMENT = 16
 
@@ -38,8 +58,7 @@ def entry_of(spec: KernelSpec) -> str:
 def render_kernel(spec: KernelSpec) -> KernelSource:
     """The kernel's source over the constants of `spec`, with checks that it and build/params.py agree."""
     source = render(f"{spec.family}.cu", _constants(spec), [entry_of(spec)], str(spec))
-    structures = {"Tensor": TENSOR, "FwdParams": FWD_PARAMS, "CombineParams": COMBINE_PARAMS}
-    checks = "".join(layout_checks(name, dtype) for name, dtype in structures.items())
+    checks = "".join(layout_checks(name, dtype) for name, dtype in _STRUCTURES.items())
     return KernelSource(source.name, source.text + checks, source.entries)
 
 
@@ -59,6 +78,10 @@ def _constants(spec: KernelSpec) -> dict[str, ConfigValue]:
         "kHasLower": spec.features.has_lower,
         "kHasUpper": spec.features.has_upper,
         "kScaleFirst": spec.features.scale_first,
+        "FloatMask": _ELEMENTS[spec.features.float_mask] if spec.features.float_mask else "NoMask",
+        "kHasBoolMask": spec.features.bool_mask,
+        "kChangesScores": spec.features.changed,
+        "kDropout": spec.features.dropout,
         "kPacked": spec.packed,
         "kSplit": spec.split,
     }
@@ -78,6 +101,9 @@ class Operands(NamedTuple):
     batch_shape: tuple[int, ...]  # BATCH_AXES of them
     addresses: list[int]  # of the seven arrays, 0 for None
     steps: list[Any]  # for each of the first four its strides in elements, as in a Tensor
+    scores: bytes  # SCORE_PARAMS
+    sinks: tuple[int, int]  # as in COMBINE_PARAMS: address, and whether they are float32
+    kept: tuple[Any, ...]  # arrays that live as long as the call
 
 
 def prepare(problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[Any], int]) -> Operands:
@@ -102,8 +128,13 @@ def prepare(problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[A
             addresses[i], steps[i] = address(array), _steps(array.shape, array.strides, itemsize, 1)
 
     batch_shape = problem.batch_shape
+    masks = [] if problem.has_plain_scores else _masks(buffers, problem.namespace)
+    steps += [_mask_steps(mask) for mask in masks]
     if len(batch_shape) > BATCH_AXES:
         batch_shape, steps = _join(batch_shape, tuple(steps))
+    scores, sinks, kept = NO_SCORES, (0, 0), ()
+    if problem.has_sinks or not problem.has_plain_scores:
+        scores, sinks, kept = _scores(problem, buffers, masks, steps[4:], address)
     partial_out = partial_lse = None
     if plan.num_splits > 1:
         accumulator, xp = problem.element.accumulator, problem.namespace
@@ -116,8 +147,61 @@ def prepare(problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[A
         *(buffers.lse, partial_out, partial_lse),
         (1,) * (BATCH_AXES - len(batch_shape)) + batch_shape,
         addresses,
-        steps,
+        steps[:4],
+        scores,
+        sinks,
+        kept,
     )
+
+
+def _masks(buffers: Buffers, xp: Any) -> list[Any]:
+    """The float and the bool mask that there are; copied where elements do not lie at multiples of their size."""
+    masks = [mask for mask in (buffers.float_mask, buffers.bool_mask) if mask is not None]
+    return [xp.ascontiguousarray(m) if any(s % m.itemsize for s in m.strides) else m for m in masks]
+
+
+def _mask_steps(mask: Any) -> tuple[int, ...]:
+    """Elements between a mask's entries along each batch axis, between heads, queries and keys."""
+    steps = [0 if n == 1 else s // mask.itemsize for n, s in zip(mask.shape, mask.strides, strict=True)]
+    return (0,) * (BATCH_AXES + 3 - len(steps)) + tuple(steps)
+
+
+_NO_MASK = (0,) * (BATCH_AXES + 4)
+
+
+def _scores(
+    problem: Problem, buffers: Buffers, masks: list[Any], steps: list[Any], address: Callable[[Any], int]
+) -> tuple[bytes, tuple[int, int], tuple[Any, ...]]:
+    """What the kernels have to know of everything but the band: SCORE_PARAMS; the sinks; arrays to be kept."""
+    xp, alibi_slopes, seed = problem.namespace, buffers.alibi_slopes, buffers.seed
+    described = {id(mask): (address(mask), *step) for mask, step in zip(masks, steps, strict=True)}
+    found = iter(masks)
+    float_mask = described[id(next(found))] if buffers.float_mask is not None else _NO_MASK
+    bool_mask = described[id(next(found))] if buffers.bool_mask is not None else _NO_MASK
+    sinks, sinks_of = (0, 0), None
+    if buffers.sinks is not None:
+        sinks_of = xp.ascontiguousarray(buffers.sinks)
+        sinks = (address(sinks_of), int(sinks_of.dtype == np.float32))
+    if alibi_slopes is not None:
+        alibi_slopes = xp.ascontiguousarray(alibi_slopes)
+    seed_is_array = seed is not None and not isinstance(seed, int)
+    p = problem.dropout_p
+    params = pack_scores(
+        *float_mask,
+        *bool_mask,
+        *_NO_MASK,
+        0 if alibi_slopes is None else address(alibi_slopes),
+        sinks[0],
+        address(seed) if seed_is_array else 0,
+        seed if seed is not None and not seed_is_array else 0,
+        problem.softcap,
+        0.0 if p == 1 else 1 / (1 - p),
+        min(dropout_threshold(p), 2**32 - 1),
+        problem.shift if problem.has_alibi else 0,
+        problem.num_heads_q if alibi_slopes is not None and len(alibi_slopes) > 1 else 0,
+        sinks[1],
+    )
+    return params.tobytes(), sinks, (*masks, sinks_of, alibi_slopes)
 
 
 class Copy(NamedTuple):
@@ -186,6 +270,7 @@ def _forward_params(problem: Problem, plan: Plan, operands: Operands) -> np.void
         # The kernel may look at a bound that the band lacks: then at one that removes nothing.
         -seqlen_q if band.lower is None else band.lower,
         seqlen_k if band.upper is None else band.upper,
+        operands.scores,
     )
 
 
@@ -195,12 +280,14 @@ def _combine_params(problem: Problem, plan: Plan, operands: Operands) -> np.void
         out,
         *operands.steps[3],
         *others,
+        operands.sinks[0],
         *operands.batch_shape,
         problem.batch_size,
         problem.num_heads_q,
         problem.seqlen_q,
         problem.head_dim_v,
         plan.num_splits,
+        operands.sinks[1],
     )
 
 

@@ -27,6 +27,36 @@ TENSOR = np.dtype(
     align=True,
 )
 
+MASK = np.dtype(
+    [
+        ("data", np.uintp),
+        ("batch_strides", np.int64, (BATCH_AXES,)),
+        ("head_stride", np.int64),
+        ("row_stride", np.int64),
+        ("column_stride", np.int64),
+    ],
+    align=True,
+)
+
+SCORE_PARAMS = np.dtype(
+    [
+        ("float_mask", MASK),
+        ("bool_mask", MASK),
+        ("summary", MASK),
+        ("alibi_slopes", np.uintp),
+        ("sinks", np.uintp),
+        ("seed_data", np.uintp),
+        ("seed", np.uint64),
+        ("softcap", np.float64),
+        ("dropout_scale", np.float64),
+        ("dropout_threshold", np.uint32),
+        ("shift", np.int32),
+        ("alibi_batch_stride", np.int32),
+        ("sinks_are_float", np.int32),
+    ],
+    align=True,
+)
+
 FWD_PARAMS = np.dtype(
     [
         ("q", TENSOR),
@@ -50,6 +80,7 @@ FWD_PARAMS = np.dtype(
         ("num_splits", np.int32),
         ("lower", np.int32),
         ("upper", np.int32),
+        ("scores", SCORE_PARAMS),
     ],
     align=True,
 )
@@ -60,12 +91,14 @@ COMBINE_PARAMS = np.dtype(
         ("lse", np.uintp),
         ("partial_out", np.uintp),
         ("partial_lse", np.uintp),
+        ("sinks", np.uintp),
         ("batch_shape", np.int32, (BATCH_AXES,)),
         ("batch_size", np.int32),
         ("num_heads_q", np.int32),
         ("seqlen_q", np.int32),
         ("head_dim_v", np.int32),
         ("num_splits", np.int32),
+        ("sinks_are_float", np.int32),
     ],
     align=True,
 )
@@ -85,11 +118,13 @@ def layout_checks(structure: str, dtype: np.dtype[np.void]) -> str:
 def _packer(structure: np.dtype[np.void]) -> Callable[..., np.void]:
     """A function from all the numbers of a block, in the order of its fields and their elements, to the block.
 
+    SCORE_PARAMS within it are given as bytes: most calls share NO_SCORES.
+
     It gives what ``np.array([nested tuples], structure)[0]`` does, in a quarter of the time.
     """
     to_bytes = struct.Struct("=" + _format(structure)).pack
 
-    def pack(*numbers: float) -> np.void:
+    def pack(*numbers: float | bytes) -> np.void:
         block: np.void = np.frombuffer(to_bytes(*numbers), structure)[0]
         return block
 
@@ -102,12 +137,15 @@ def _format(structure: np.dtype[np.void]) -> str:
     text, end = "", 0
     for field, offset, *_ in structure.fields.values():
         base, shape = field.subdtype or (field, ())
-        code = _format(base) if base.fields else _CODES[base.str[1:]]
+        code = f"{base.itemsize}s" if base == SCORE_PARAMS else _format(base) if base.fields else _CODES[base.str[1:]]
         text += f"{offset - end}x" + code * math.prod(shape)
         end = offset + field.itemsize
     return text + f"{structure.itemsize - end}x"
 
 
-_CODES = {"u8": "Q", "i8": "q", "i4": "i", "f8": "d"}
+_CODES = {"u8": "Q", "i8": "q", "i4": "i", "u4": "I", "f8": "d"}
 
-pack_forward, pack_combine = _packer(FWD_PARAMS), _packer(COMBINE_PARAMS)
+pack_forward, pack_combine, pack_scores = _packer(FWD_PARAMS), _packer(COMBINE_PARAMS), _packer(SCORE_PARAMS)
+
+#: The SCORE_PARAMS of a call that has nothing of the kind.
+NO_SCORES = bytes(SCORE_PARAMS.itemsize)

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from ..errors import Unsupported
 from ..hashing import hash_once
 from ..problem.dtypes import dtype_named
-from ..problem.masks import Band
 from ..problem.problem import Problem
 from .device import DeviceSpec
 from .specs import CombineSpec, Features, FwdSpec, Launch, Plan
@@ -53,7 +52,7 @@ _MIN_KEY_TILES, _MAX_SPLITS = 4, 128
 
 # What kernels are compiled with.  What is rare shares the one that is bounded on both sides: a window that is open to
 # the right, and a scale that can't be folded.
-_FEATURES = (_FULL, _CAUSAL, _WINDOW, _ANY_SCALE) = (
+_PLAIN = (_FULL, _CAUSAL, _WINDOW, _ANY_SCALE) = (
     Features(),
     Features(has_upper=True),
     Features(has_lower=True, has_upper=True),
@@ -101,14 +100,8 @@ class Candidate:
 
 # What of a problem is refused whatever its lengths: dtype, head dims and precision, then what is in `_OPTIONAL`.
 _OPTIONAL = {
-    "float_mask_dtype": "float mask",
-    "has_bool_mask": "bool mask",
     "has_score_mod": "score_mod",
     "has_mask_mod": "mask_mod",
-    "softcap": "softcap",
-    "has_alibi": "alibi_slopes",
-    "has_sinks": "sinks",
-    "dropout_p": "dropout",
     "weights_stage": "weights",
 }
 _asked_of = attrgetter("dtype", "head_dim", "head_dim_v", "precision", *_OPTIONAL)
@@ -122,6 +115,8 @@ def refusals(problem: Problem) -> list[str]:
         reasons.append(f"it takes lengths up to {_MAX_LENGTH}, but L was {seqlen_q}")
     if seqlen_k > _MAX_LENGTH:
         reasons.append(f"it takes lengths up to {_MAX_LENGTH}, but S was {seqlen_k}")
+    if problem.has_alibi and abs(problem.shift) > _MAX_LENGTH:
+        reasons.append(f"it takes shifts of the diagonal up to {_MAX_LENGTH} with ALiBi, but align was {problem.shift}")
     # At one row a tile: no tile makes more blocks.
     if problem.batch_size * problem.num_heads_q * seqlen_q > _MAX_BLOCKS and _most_tiles(problem) > _MAX_BLOCKS:
         reasons.append(f"it takes up to {_MAX_BLOCKS} tiles of queries, and these are more")
@@ -152,12 +147,11 @@ def choose(problem: Problem, device: DeviceSpec) -> Plan:
     Unsupported
         No kernel runs on the device; with a reason for each candidate.
     """
-    band = problem.band
     queries = _queries(
         problem.dtype,
         problem.head_dim,
         problem.head_dim_v,
-        _features(problem.scale, band),
+        _features(problem),
         problem.batch_size,
         (problem.num_heads_q, problem.num_heads_k, problem.num_heads_v),
         problem.seqlen_q,
@@ -230,7 +224,7 @@ def selector_of(problem: Problem, device: DeviceSpec) -> Selector:
         problem.dtype,
         problem.head_dim,
         problem.head_dim_v,
-        _features(problem.scale, problem.band),
+        _features(problem),
         problem.batch_size,
         (problem.num_heads_q, problem.num_heads_k, problem.num_heads_v),
         problem.seqlen_q,
@@ -252,7 +246,8 @@ def _selector(
         height = min(_WIDEST, math.ceil(seqlen_q * pack / _ROW_STEP) * _ROW_STEP)
         return Rows(height, _num_tiles(batch_size * num_heads[0], seqlen_q, _WIDEST, pack) >= device.sms)
 
-    pack = pack_of(num_heads, seqlen_q)
+    # The words of one draw of dropout are for queries of one head.
+    pack = 1 if features.dropout else pack_of(num_heads, seqlen_q)
     packed_rows = rows_in_packs_of(pack) if pack > 1 else None
     return Selector(dtype, head_dim, head_dim_v, features, rows_in_packs_of(1), packed_rows)
 
@@ -399,12 +394,13 @@ def every_spec() -> Iterator[FwdSpec | CombineSpec]:
         family = FAMILIES[row.family]
         choices = itertools.product(
             row.tiles,
-            row.dtypes,
-            _FEATURES,
+            [(dtype, features) for dtype in row.dtypes for features in _features_of(dtype)],
             (False, True) if family.packs else (False,),
             (False, True) if family.splits else (False,),
         )
-        for tile, dtype, features, packed, split in choices:
+        for tile, (dtype, features), packed, split in choices:
+            if packed and features.dropout:
+                continue
             rows = Rows(tile.block_m, True)
             selector = Selector(dtype, row.head_dim, row.head_dim_v, features, rows, rows if packed else None)
             found[replace(_spec(row, tile, selector), split=split)] = None
@@ -413,12 +409,32 @@ def every_spec() -> Iterator[FwdSpec | CombineSpec]:
     yield from found
 
 
-def _features(scale: float, band: Band) -> Features:
-    if not _FOLDED_SCALES[0] <= scale <= _FOLDED_SCALES[1]:
+def _features(problem: Problem) -> Features:
+    if not problem.has_plain_scores:
+        changed = bool(problem.softcap or problem.has_alibi)
+        return _score_features(problem.float_mask_dtype, problem.has_bool_mask, changed, bool(problem.dropout_p))
+    if not _FOLDED_SCALES[0] <= problem.scale <= _FOLDED_SCALES[1]:
         return _ANY_SCALE
-    if band.lower is not None:
+    if problem.band.lower is not None:
         return _WINDOW
-    return _FULL if band.upper is None else _CAUSAL
+    return _FULL if problem.band.upper is None else _CAUSAL
+
+
+@lru_cache(maxsize=64)
+def _score_features(float_mask: str | None, bool_mask: bool, changed: bool, dropout: bool) -> Features:
+    """The features of a kernel that does this: one alone has a kernel of its own, several share one that does all.
+
+    But a float mask, of whichever dtype, and dropout are only where they are asked for: they are most of the work.
+    """
+    if bool(float_mask) + bool_mask + changed > 1:
+        bool_mask = changed = True
+    return replace(_ANY_SCALE, float_mask=float_mask, bool_mask=bool_mask, changed=changed, dropout=dropout)
+
+
+def _features_of(dtype: str) -> list[Features]:
+    """All that kernels for that dtype are compiled with."""
+    changes = itertools.product(dict.fromkeys((None, dtype, "float32")), *[(False, True)] * 3)
+    return list(dict.fromkeys((*_PLAIN, *[_score_features(*change) for change in changes])))
 
 
 def _num_tiles(num_heads: int, seqlen_q: int, block_m: int, pack: int) -> int:

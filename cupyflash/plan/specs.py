@@ -25,15 +25,33 @@ class Features:
         Whether the band of keys that take part may be bounded on either side.
     scale_first : bool
         Scores are multiplied by the scale before the softmax rather than within its exponent: right for any scale.
+    float_mask : str or None
+        The dtype of a float mask; None: there is none.
+    bool_mask : bool
+        There may be a bool mask.
+    changed : bool
+        There may be softcap or ALiBi.
+    dropout : bool
     """
 
     has_lower: bool = False
     has_upper: bool = False
     scale_first: bool = False
+    float_mask: str | None = None
+    bool_mask: bool = False
+    changed: bool = False
+    dropout: bool = False
 
     def __str__(self) -> str:
         bounds = {(False, False): "", (False, True): "causal", (True, False): "lower", (True, True): "window"}
-        named = (bounds[self.has_lower, self.has_upper], "scalefirst" if self.scale_first else "")
+        named = (
+            bounds[self.has_lower, self.has_upper],
+            "scalefirst" if self.scale_first else "",
+            f"bias{_SHORT_NAMES[self.float_mask]}" if self.float_mask else "",
+            "mask" if self.bool_mask else "",
+            "changed" if self.changed else "",
+            "dropout" if self.dropout else "",
+        )
         return "+".join(filter(None, named))
 
 

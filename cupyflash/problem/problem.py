@@ -85,6 +85,11 @@ class Problem:
         return bool(self.has_score_mod or self.softcap or self.float_mask_dtype or self.has_alibi)
 
     @cached_property
+    def has_plain_scores(self) -> bool:
+        """True if weights are the softmax of scale · q·kᵀ over a band of keys, sinks or not."""
+        return not (self.changes_scores or self.has_bool_mask or self.has_mask_mod or self.dropout_p)
+
+    @cached_property
     def needs_heads(self) -> bool:
         """True if anything depends on which batch entry and head a score belongs to."""
         return bool(self.has_score_mod or self.has_mask_mod or self.has_alibi or self.has_sinks or self.dropout_p)

@@ -308,7 +308,8 @@ def make_probes() -> dict[str, Probe]:
         "memory": Probe(
             "probes.cu", "probe_memory", {"in": _any_word(rng, LANES, 8)}, {"out": _blank(LANES, 8)}, shared_mem=1024
         ),
-        # The last half of a lane's output is not written.
+        # The last byte, or half, of a lane's output is not written.
+        "bytes": Probe("probes.cu", "probe_bytes", {"in": _any_word(rng, LANES, 2)}, {"out": _blank(LANES, 2)}),
         "halves": Probe("probes.cu", "probe_halves", {"in": _any_word(rng, LANES, 2)}, {"out": _blank(LANES, 2)}),
         "atomics": _atomics(rng),
         "cp_async": Probe(

@@ -1,0 +1,210 @@
+// What happens to a score between Q K^T and the softmax, and to a weight before P V.
+//
+//     s = scale q k  ->  score_mod  ->  softcap tanh(s / softcap)  ->  + float mask  ->  - slope |i + shift - j|
+//       ->  -inf where the bool mask, mask_mod or the band removes the key
+//
+// The order is the contract's (problem/mods.py). A score of -inf is a removal at whatever step it appears: tanh
+// would make a number of it, and a bias of +inf a NaN. A float mask of -inf removes even over a NaN.
+//
+// Masks are read where they lie, element by element, with whatever strides they have: an L x S array is never
+// made of a smaller one. Config says what there is:
+//
+//     FloatMask           the float mask's elements: Float16, BFloat16, float, double, or NoMask
+//     kHasBoolMask
+//     kChangesScores      softcap and ALiBi, which are told apart at run time
+//     kDropout
+#pragma once
+
+#include "element.cuh"
+#include "mask.cuh"
+#include "philox.cuh"
+#include "sink.cuh"
+
+template <class FloatMask>
+struct MaskTraits : ElementTraits<FloatMask> {
+  static constexpr bool kExists = true;
+};
+template <>
+struct MaskTraits<NoMask> {
+  static constexpr bool kExists = false;
+  using Storage = u8;
+};
+
+template <class Config>
+struct ScoreFeatures {
+  static constexpr bool kHasFloatMask = MaskTraits<typename Config::FloatMask>::kExists;
+  // The scores are more than scale q k and the band.
+  static constexpr bool kAny = kHasFloatMask || Config::kHasBoolMask || Config::kChangesScores;
+};
+
+// The first element of a query's row of an array over scores.
+template <class Storage>
+__device__ __forceinline__ const Storage* row_of_mask(const FwdParams& params, const Mask& mask, int batch, int head,
+                                                      int row) {
+  long long offset = head * mask.head_stride + row * mask.row_stride;
+#pragma unroll
+  for (int axis = kBatchAxes - 1; axis >= 0; --axis) {
+    offset += batch % params.batch_shape[axis] * mask.batch_strides[axis];
+    batch /= params.batch_shape[axis];
+  }
+  return static_cast<const Storage*>(mask.data) + offset;
+}
+
+// What is known of the block's tiles of keys from the bool mask's summary: see mask_summary.cu.
+template <class Config>
+struct TileMarks {
+  const ScoreParams& scores;
+  const u8* row;
+
+  __device__ __forceinline__ TileMarks(const FwdParams& params, const FwdWork& work)
+      : scores(params.scores), row(nullptr) {
+    if constexpr (Config::kHasBoolMask) {
+      if (scores.summary.data != nullptr) {
+        row = row_of_mask<u8>(params, scores.summary, work.batch, work.head, work.row_begin / Config::kBlockM);
+      }
+    }
+  }
+
+  // 0: no key takes part for any row; 2: all do for all; 1: anything else.
+  __device__ __forceinline__ u32 of(int tile) const {
+    return row == nullptr ? 1 : isa::ldg_1(row + tile * scores.summary.column_stride);
+  }
+
+  // The last tile up to `tile` that any key of takes part; begin - 1 if there is none.
+  __device__ __forceinline__ int last_live(int tile, int begin) const {
+    if constexpr (Config::kHasBoolMask) {
+      while (tile >= begin && of(tile) == 0) --tile;
+    }
+    return tile;
+  }
+};
+
+// One query's scores. Keys beyond the sequence are not looked up; their scores are whatever they were.
+template <class Config>
+struct ScoreRow {
+  using FloatMask = MaskTraits<typename Config::FloatMask>;
+  using Real = typename ElementTraits<typename Config::Element>::Accumulator;
+
+  const FwdParams& params;
+  const typename FloatMask::Storage* float_mask;
+  const u8* bool_mask;  // null: every key of the tile takes part
+  Real slope;
+  int position;  // of the query on the axis of keys
+
+  // Rows beyond the last query are treated as the last: they may be read, and are not written. is_whole: the bool
+  // mask removes none of the keys that will be asked for.
+  __device__ __forceinline__ ScoreRow(const FwdParams& params, int batch, int head, int query, bool is_whole)
+      : params(params) {
+    const ScoreParams& scores = params.scores;
+    query = at_most(query, params.seqlen_q - 1);
+    if constexpr (ScoreFeatures<Config>::kHasFloatMask) {
+      float_mask = row_of_mask<typename FloatMask::Storage>(params, scores.float_mask, batch, head, query);
+    }
+    if constexpr (Config::kHasBoolMask) {
+      bool_mask = is_whole ? nullptr : row_of_mask<u8>(params, scores.bool_mask, batch, head, query);
+    }
+    if constexpr (Config::kChangesScores) {
+      position = query + scores.shift;
+      slope = 0;
+      if (scores.alibi_slopes != nullptr) {
+        slope = isa::bits_float(isa::ldg_4(scores.alibi_slopes + batch * scores.alibi_batch_stride + head));
+      }
+    }
+  }
+
+  // From q k to what the softmax is taken of.
+  __device__ __forceinline__ Real operator()(Real score, int key) const {
+    const ScoreParams& scores = params.scores;
+    const Real minus_infinity = negative_infinity();
+    const bool exists = key < params.seqlen_k;
+    bool removed = false;
+    if constexpr (Config::kChangesScores) {
+      removed = score == minus_infinity;
+      if (scores.softcap != 0.0) {
+        const Real softcap = static_cast<Real>(scores.softcap);
+        score = softcap * hyperbolic_tangent(score / softcap);
+      }
+    }
+    if constexpr (ScoreFeatures<Config>::kHasFloatMask) {
+      if (exists) {
+        const Real bias = FloatMask::load(float_mask + key * scores.float_mask.column_stride);
+        removed = removed || score == minus_infinity || bias == minus_infinity;
+        score += bias;
+      }
+    }
+    if constexpr (Config::kChangesScores) {
+      const int distance = key < position ? position - key : key - position;
+      if (scores.alibi_slopes != nullptr) score -= slope * static_cast<Real>(distance);
+    }
+    if constexpr (Config::kHasBoolMask) {
+      if (exists && bool_mask != nullptr)
+        removed = removed || isa::ldg_1(bool_mask + key * scores.bool_mask.column_stride) == 0;
+    }
+    return removed ? minus_infinity : score;
+  }
+};
+
+// From a row's maximum and sum of weights to its end. A row without keys has factor 0 and lse -inf.
+template <class Config, class Real>
+__device__ __forceinline__ RowEnd<Real> end_row(Real row_max, Real row_sum, const FwdParams& params, int head) {
+  RowEnd<Real> end = {negative_infinity(), 0};
+  if (row_sum != 0) end = {row_max + natural_log(row_sum), 1 / row_sum};
+  const ScoreParams& scores = params.scores;
+  if constexpr (!Config::kSplit) {
+    if (scores.sinks != nullptr) {
+      end = add_sink<typename Config::Element>(end, scores.sinks, scores.sinks_are_float != 0, head);
+    }
+  }
+  if constexpr (Config::kDropout) end.factor *= static_cast<Real>(scores.dropout_scale);
+  return end;
+}
+
+__device__ __forceinline__ u64 dropout_seed(const ScoreParams& scores) {
+  if (scores.seed_data == nullptr) return scores.seed;
+  const uint2 words = isa::ldg_8(scores.seed_data);
+  return static_cast<u64>(words.y) << 32 | words.x;
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// The same for the fragments of tensor cores. row_begin and first_key are those of element (0, 0).
+
+// From scale q k to what the softmax is taken of, but for the band.
+template <class Config>
+__device__ __forceinline__ void change_scores(float (&s_frag)[Config::kBlockN / 8][4], const FwdParams& params,
+                                              const FwdWork& work, int row_begin, int first_key, bool is_whole) {
+  const int lane = isa::lane_index();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = row_begin + acc_row(lane, 2 * half);
+    const int head = work.head_of<Config>(params, row);
+    const ScoreRow<Config> scores(params, work.batch, head, FwdWork::query_of<Config>(params, row), is_whole);
+#pragma unroll
+    for (int n = 0; n < Config::kBlockN / 8; ++n) {
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        s_frag[n][i] = scores(s_frag[n][i], first_key + 8 * n + acc_column(lane, i));
+      }
+    }
+  }
+}
+
+// Sets weights that dropout drops to 0; what is kept is scaled at the row's end. A lane's 2 x 2 elements of an
+// m16n8 tile are the four words of one draw.
+template <class Config>
+__device__ __forceinline__ void drop_weights(float (&p_frag)[Config::kBlockN / 8][4], const FwdParams& params,
+                                             const FwdWork& work, int row_begin, int first_key) {
+  static_assert(!Config::kPacked, "a tile's rows are queries of one head");
+  const ScoreParams& scores = params.scores;
+  const int lane = isa::lane_index();
+  const u64 seed = dropout_seed(scores);
+  const u64 head = static_cast<u64>(work.batch) * params.num_heads_q + work.head;
+#pragma unroll
+  for (int n = 0; n < Config::kBlockN / 8; ++n) {
+    const PhiloxWords drawn =
+        dropout_words(seed, head, row_begin + acc_row(lane, 0), first_key + 8 * n + acc_column(lane, 0));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (drawn.words[i] < scores.dropout_threshold) p_frag[n][i] = 0.0f;
+    }
+  }
+}
