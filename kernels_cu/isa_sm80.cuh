@@ -166,7 +166,13 @@ __device__ __forceinline__ bool all(bool predicate) {
 // -----------------------------------------------------------------------------------------------------------
 // Global memory. Pointers are aligned to the access's size.
 
-// Two bytes travel in the lower half of a register.
+// One byte or two travel in the lowest bits of a register.
+__device__ __forceinline__ u32 ldg_1(const void* source) {
+  u32 value;
+  asm volatile("ld.global.u8 %0, [%1];" : "=r"(value) : "l"(source) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ u32 ldg_2(const void* source) {
   u32 value;
   asm volatile("ld.global.u16 %0, [%1];" : "=r"(value) : "l"(source) : "memory");
@@ -192,6 +198,10 @@ __device__ __forceinline__ uint4 ldg_16(const void* source) {
                : "l"(source)
                : "memory");
   return value;
+}
+
+__device__ __forceinline__ void stg_1(void* destination, u32 value) {
+  asm volatile("st.global.u8 [%0], %1;" ::"l"(destination), "r"(value) : "memory");
 }
 
 __device__ __forceinline__ void stg_2(void* destination, u32 value) {

@@ -108,6 +108,11 @@ inline bool all(bool predicate, Site site = Site::here()) {
   return emulator::vote(emulator::Vote::kAll, predicate, site) != 0;
 }
 
+inline u32 ldg_1(const void* source, Site site = Site::here()) {
+  unsigned char value;
+  emulator::load_global(&value, source, sizeof value, site);
+  return value;
+}
 inline u32 ldg_2(const void* source, Site site = Site::here()) {
   u16 value;
   emulator::load_global(&value, source, sizeof value, site);
@@ -127,6 +132,9 @@ inline uint4 ldg_16(const void* source, Site site = Site::here()) {
   uint4 value;
   emulator::load_global(&value, source, sizeof value, site);
   return value;
+}
+inline void stg_1(void* destination, u32 value, Site site = Site::here()) {
+  emulator::store_global(destination, &value, 1, site);
 }
 inline void stg_2(void* destination, u32 value, Site site = Site::here()) {
   emulator::store_global(destination, &value, sizeof(u16), site);

@@ -331,6 +331,8 @@ def make_probes() -> dict[str, Probe]:
         ),
         "sync_warp": Probe("probes.cu", "probe_sync_warp", {}, {"out": _blank(LANES)}, shared_mem=128),
         **_stmatrix(rng),
+        # The last byte of a lane's output is not written.
+        "bytes": Probe("probes.cu", "probe_bytes", {"in": _any_word(rng, LANES, 2)}, {"out": _blank(LANES, 2)}),
     }
 
 

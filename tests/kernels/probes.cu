@@ -82,6 +82,14 @@ extern "C" __global__ void probe_memory(const u32* in, u32* out) {
   isa::stg_4(destination + 6, isa::ld_shared_4(other + 24));
 }
 
+// in: two words. Seven of the eight bytes go to `out`, the last stays as it was.
+extern "C" __global__ void probe_bytes(const u32* in, u32* out) {
+  const unsigned char* source = reinterpret_cast<const unsigned char*>(operands(in, 2));
+  unsigned char* destination = reinterpret_cast<unsigned char*>(results(out, 2));
+#pragma unroll
+  for (int i = 0; i < 7; ++i) isa::stg_1(destination + i, isa::ldg_1(source + i) | 0xabcdef00u);
+}
+
 // in: two words. Three of the four halves go to `out`, the last stays as it was.
 extern "C" __global__ void probe_halves(const u32* in, u32* out) {
   const u16* source = reinterpret_cast<const u16*>(operands(in, 2));

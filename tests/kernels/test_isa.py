@@ -138,6 +138,13 @@ def test_memory(rng, options):
     assert (out[:, 7] == 0xFFFFFFFF).all()
 
 
+def test_bytes(rng):
+    data = rng.integers(0, 2**8, (LANES, 8), dtype=np.uint8)
+    out = run("probes.cu", "probe_bytes", data, out=(LANES, 2)).view(np.uint8)
+    np.testing.assert_array_equal(out[:, :7], data[:, :7])
+    assert (out[:, 7] == 0xFF).all()
+
+
 def test_halves(rng):
     data = rng.integers(0, 2**16, (LANES, 4), dtype=np.uint16)
     out = run("probes.cu", "probe_halves", data, out=(LANES, 2)).view(np.uint16)

@@ -91,6 +91,7 @@ WRAPPERS = {
         "out[0] = isa::shuffle_down(x, n);",
         "shfl.sync.down.b32 out[0], x, n, 0x1f, 0xffffffff;",
     ),
+    "ldg_1": ("const u32* p", "out[0] = isa::ldg_1(p);", "ld.global.u8 out[0], [p];"),
     "ldg_2": ("const u32* p", "out[0] = isa::ldg_2(p);", "ld.global.u16 out[0], [p];"),
     "ldg_4": ("const u32* p", "out[0] = isa::ldg_4(p);", "ld.global.u32 out[0], [p];"),
     "ldg_8": (
@@ -103,6 +104,7 @@ WRAPPERS = {
         "const uint4 v = isa::ldg_16(p); out[0] = v.x; out[1] = v.y; out[2] = v.z; out[3] = v.w;",
         "ld.global.v4.u32 {out[0], out[1], out[2], out[3]}, [p];",
     ),
+    "stg_1": ("u32* p, u32 x", "isa::stg_1(p, x);", "st.global.u8 [p], x;"),
     "stg_2": ("u32* p, u32 x", "isa::stg_2(p, x);", "st.global.u16 [p], x;"),
     "stg_4": ("u32* p, u32 x", "isa::stg_4(p, x);", "st.global.u32 [p], x;"),
     "stg_8": ("u32* p, u32 x, u32 y", "isa::stg_8(p, uint2{x, y});", "st.global.v2.u32 [p], {x, y};"),
