@@ -20,7 +20,7 @@
 // A part whose log-sum-exp is -inf saw no key: its O is not looked at. Without keys in any part O is 0 and lse -inf.
 // A NaN in a part stays in its row. Rows need only an element's own alignment.
 #include "isa.cuh"
-#include "element.cuh"
+#include "join.cuh"
 #include "work.cuh"
 
 struct Traits {
@@ -38,27 +38,16 @@ struct Combine {
   const CombineParams& params;
   long long row;
   long long num_rows;
-  Accumulator row_max;  // 0 rather than -inf, lest -inf be subtracted from itself
-  Accumulator row_sum;
+  Joint<Accumulator> joint;
 
   __device__ __forceinline__ Combine(const CombineParams& params, long long row, long long num_rows)
-      : params(params), row(row), num_rows(num_rows), row_max(negative_infinity()), row_sum(0) {}
+      : params(params), row(row), num_rows(num_rows), joint() {
+    joint = Joint<Accumulator>::of(params.num_splits, [this](int split) { return partial_lse(split); });
+  }
 
   __device__ __forceinline__ Accumulator partial_lse(int split) const {
     return Traits::AccumulatorElement::load(static_cast<const Accumulator*>(params.partial_lse) + split * num_rows +
                                             row);
-  }
-
-  // m and l, in every lane.
-  __device__ __forceinline__ void sum_weights() {
-    const int lane = isa::lane_index();
-    for (int split = lane; split < params.num_splits; split += 32) row_max = larger(row_max, partial_lse(split));
-    row_max = largest_of_lanes<32>(row_max);
-    if (row_max == negative_infinity()) row_max = 0;
-    for (int split = lane; split < params.num_splits; split += 32) {
-      row_sum += exponential(partial_lse(split) - row_max);
-    }
-    row_sum = sum_of_lanes<32>(row_sum);
   }
 
   __device__ __forceinline__ void store_out() const {
@@ -73,16 +62,15 @@ struct Combine {
         if (lse == negative_infinity()) continue;
         const Accumulator* part =
             static_cast<const Accumulator*>(params.partial_out) + (split * num_rows + row) * params.head_dim_v;
-        sum += exponential(lse - row_max) * Traits::AccumulatorElement::load(part + column);
+        sum += joint.weight(lse) * Traits::AccumulatorElement::load(part + column);
       }
-      Traits::Element::store(out + column, row_sum == 0 ? Accumulator(0) : sum / row_sum);
+      Traits::Element::store(out + column, sum);
     }
   }
 
   __device__ __forceinline__ void store_lse() const {
     if (params.lse == nullptr || isa::lane_index() != 0) return;
-    const Accumulator lse = row_sum == 0 ? Accumulator(negative_infinity()) : row_max + natural_log(row_sum);
-    Traits::AccumulatorElement::store(static_cast<Accumulator*>(params.lse) + row, lse);
+    Traits::AccumulatorElement::store(static_cast<Accumulator*>(params.lse) + row, joint.lse());
   }
 };
 
@@ -92,7 +80,6 @@ extern "C" __global__ void __launch_bounds__(Config::kNumThreads)
   const long long row = static_cast<long long>(isa::block_index_x()) * Config::kRowsPerBlock + isa::warp_index();
   if (row < num_rows) {  // the same in all lanes of a warp
     Combine combine(params, row, num_rows);
-    combine.sum_weights();
     combine.store_out();
     combine.store_lse();
   }

@@ -16,15 +16,47 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import Unsupported
-from ..plan.specs import CombineSpec, FwdSpec, KernelSpec, Launch, Plan
+from ..plan.specs import CombineSpec, FwdSpec, KernelSpec, Launch, MaskSummarySpec, MergeSpec, Plan
 from ..problem.problem import Buffers, Problem
 from ..problem.shapes import join, joinable_axes
-from .params import BATCH_AXES, COMBINE_PARAMS, FWD_PARAMS, TENSOR, layout_checks, pack_combine, pack_forward
+from .params import (
+    BATCH_AXES,
+    COMBINE_PARAMS,
+    FWD_PARAMS,
+    MASK,
+    MERGE_PARAMS,
+    PART,
+    SUMMARY_PARAMS,
+    TENSOR,
+    layout_checks,
+    pack_combine,
+    pack_forward,
+)
 from .source import ConfigValue, KernelSource, render
 
-__all__ = ["Copy", "Operands", "batch_refusals", "copies_of", "entry_of", "launches", "prepare", "render_kernel"]
+__all__ = [
+    "Copy",
+    "MaskSummary",
+    "Operands",
+    "batch_refusals",
+    "copies_of",
+    "entry_of",
+    "launches",
+    "prepare",
+    "render_kernel",
+    "summarize_mask",
+]
 
 _ELEMENTS = {"float16": "Float16", "bfloat16": "BFloat16", "float32": "float", "float64": "double"}
+_STRUCTURES = {
+    "Tensor": TENSOR,
+    "FwdParams": FWD_PARAMS,
+    "CombineParams": COMBINE_PARAMS,
+    "Mask": MASK,
+    "SummaryParams": SUMMARY_PARAMS,
+    "Part": PART,
+    "MergeParams": MERGE_PARAMS,
+}
 # What a copy's rows begin at multiples of: as much as any kernel asks for.
 _COPY_ALIGNMENT = 16
 
@@ -38,12 +70,16 @@ def entry_of(spec: KernelSpec) -> str:
 def render_kernel(spec: KernelSpec) -> KernelSource:
     """The kernel's source over the constants of `spec`, with checks that it and build/params.py agree."""
     source = render(f"{spec.family}.cu", _constants(spec), [entry_of(spec)], str(spec))
-    structures = {"Tensor": TENSOR, "FwdParams": FWD_PARAMS, "CombineParams": COMBINE_PARAMS}
-    checks = "".join(layout_checks(name, dtype) for name, dtype in structures.items())
+    checks = "".join(layout_checks(name, dtype) for name, dtype in _STRUCTURES.items())
     return KernelSource(source.name, source.text + checks, source.entries)
 
 
 def _constants(spec: KernelSpec) -> dict[str, ConfigValue]:
+    if isinstance(spec, MaskSummarySpec):
+        return {"kTilesPerBlock": spec.tiles_per_block}
+    if isinstance(spec, MergeSpec):
+        elements = {"Element": _ELEMENTS[spec.dtype], "OutElement": _ELEMENTS[spec.out_dtype]}
+        return elements | {"kRowsPerBlock": spec.rows_per_block}
     if isinstance(spec, CombineSpec):
         return {"Element": _ELEMENTS[spec.dtype], "kNumThreads": spec.num_threads, "kRowsPerBlock": spec.rows_per_block}
     return {
@@ -283,3 +319,72 @@ def _empty_rows_like(array: Any, xp: Any) -> Any:
 def _padded_rows(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     step = _COPY_ALIGNMENT // itemsize
     return (*shape[:-1], -(-shape[-1] // step) * step)
+
+
+class MaskSummary(NamedTuple):
+    """What is known of each tile of a bool mask, and the launch that finds it out: see `summarize_mask`."""
+
+    array: Any  # bytes, of the mask's rank; the last two axes count tiles, and those of length 1 broadcast
+    launch: Launch | None  # None: there is nothing to look at
+    params: np.void | None
+
+
+def summarize_mask(mask: Any, block_m: int, block_n: int, xp: Any, address: Callable[[Any], int]) -> MaskSummary:
+    """A new array for the summary of a bool mask by tiles, not yet filled, and the launch that fills it.
+
+    The summary's bytes are 0 where no key of a tile takes part for any of its queries, 2 where all do, and otherwise 1.
+    It has one entry for what the mask has once: its axis is of length 1 where the mask's is, or has a stride of 0.
+
+    Parameters
+    ----------
+    mask : bool array (*batch, Hq, L, S)
+        Axes of length 1 broadcast; any strides.
+    block_m, block_n : int
+        Queries and keys of a tile.
+
+    Raises
+    ------
+    Unsupported
+        The mask has more batch axes than a kernel carries, after joining.
+    """
+    once = mask[tuple([slice(None, 1) if stride == 0 else slice(None) for stride in mask.strides])]
+    # A warp's lanes stand side by side along the axis whose neighbours lie closer.
+    is_swapped = _distance(once, -2) < _distance(once, -1)
+    if is_swapped:
+        once, block_m, block_n = once.swapaxes(-1, -2), block_n, block_m
+    *batch, num_heads, num_rows, num_columns = once.shape
+    summary = xp.empty((*batch, num_heads, math.ceil(num_rows / block_m), math.ceil(num_columns / block_n)), np.uint8)
+    array = summary.swapaxes(-1, -2) if is_swapped else summary
+    if summary.size == 0:
+        return MaskSummary(array, None, None)
+
+    batch_shape, steps = (
+        tuple(batch),
+        tuple([0 if n == 1 else s for n, s in zip(once.shape, once.strides, strict=True)]),
+    )
+    if len(batch_shape) > BATCH_AXES:
+        batch_shape, (steps,) = _join(batch_shape, (steps,))
+    missing = BATCH_AXES - len(batch_shape)
+    *batch_steps, head_step, row_step, column_step = steps
+    in_fours = (address(once), *batch_steps, head_step, row_step, block_n)
+    block = (
+        (address(once), (0,) * missing + tuple(batch_steps), head_step, row_step, column_step),
+        address(summary),
+        summary.size,
+        (1,) * missing + batch_shape,
+        num_heads,
+        num_rows,
+        num_columns,
+        block_m,
+        block_n,
+        column_step == 1 and not any(number % 4 for number in in_fours),
+    )
+    spec = MaskSummarySpec()
+    launch = Launch(spec, (math.ceil(summary.size / spec.tiles_per_block),))
+    params: np.void = np.array([block], SUMMARY_PARAMS)[0]
+    return MaskSummary(array, launch, params)
+
+
+def _distance(array: Any, axis: int) -> float:
+    """Bytes between neighbours along the axis; infinite where there are none."""
+    return abs(array.strides[axis]) if array.shape[axis] > 1 else math.inf
