@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from .problem.checks import library_of
-from .problem.dtypes import DTYPES
+from .backends.registry import select_merger
+from .problem.parts import check_parts
 
 __all__ = ["merge_attention"]
 
 
-def merge_attention(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
+def merge_attention(outs: Sequence[Any], lses: Sequence[Any], *, backend: str | None = None) -> tuple[Any, Any]:
     """Merge attention outputs over disjoint key sets into attention over their union.
 
     With parts (o_i, lse_i) of the same queries, lse = log Σ exp lse_i and out = Σ exp(lse_i - lse) · o_i
@@ -27,6 +24,9 @@ def merge_attention(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]
     lses : sequence of array (…, L)
         As `attention(…, return_lse=True)` gives them: natural log, float32 (float64 for float64 outputs).
         At most one part may have been computed with sinks, since each counts them.
+    backend : str, optional
+        As in `attention`.  "numpy" and "math" work in array operations; "cuda" and "emulator" in one kernel launch for
+        up to 32 parts, more in a tree of launches, between which nothing is rounded.
 
     Returns
     -------
@@ -39,6 +39,8 @@ def merge_attention(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]
         outs or lses is no sequence of NumPy or CuPy arrays, or dtypes differ from what is said above.
     ValueError
         no parts, as many outs as lses are not given, or shapes don't fit.
+    Unsupported
+        The backend can't merge these parts; the message holds the reasons of every backend.
 
     Examples
     --------
@@ -50,48 +52,5 @@ def merge_attention(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]
     >>> bool(np.allclose(out, attention(q, k, v)))
     True
     """
-    outs, lses = _check_sequence("outs", outs), _check_sequence("lses", lses)
-    if len(outs) != len(lses):
-        raise ValueError(f"lses must have as many parts as outs ({len(outs)}), but had {len(lses)}")
-    library = library_of("outs[0]", outs[0])
-    dtype = DTYPES.get(outs[0].dtype)
-    if dtype is None:
-        raise TypeError(f"outs[0] must be float16, bfloat16, float32 or float64, but was {outs[0].dtype}")
-    shape = outs[0].shape
-    if len(shape) < 2:
-        raise ValueError(f"outs[0] must have at least 2 dimensions (length, head dim), but had shape {shape}")
-    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
-        _check_part(f"outs[{i}]", out, library, dtype.storage, shape)
-        _check_part(f"lses[{i}]", lse, library, dtype.accumulator, shape[:-1])
-
-    xp = np if library == "numpy" else sys.modules[library]
-    with np.errstate(all="ignore"):
-        largest = lses[0]
-        for lse in lses[1:]:
-            largest = xp.maximum(largest, lse)
-        shift = xp.where(xp.isneginf(largest), 0, largest)
-        weights = [xp.exp(lse - shift) for lse in lses]
-        total = sum(weights[1:], weights[0])
-        divisor = xp.where(total == 0, 1, total)
-        merged = sum(
-            (weight / divisor)[..., None] * out.astype(dtype.accumulator, copy=False)
-            for weight, out in zip(weights, outs, strict=True)
-        )
-        return xp.asarray(merged).astype(dtype.storage, copy=False), shift + xp.log(total)
-
-
-def _check_sequence(name: str, parts: Sequence[Any]) -> tuple[Any, ...]:
-    if not isinstance(parts, (tuple, list)):
-        raise TypeError(f"{name} must be a tuple or list of arrays, but was {type(parts).__name__}")
-    if not parts:
-        raise ValueError(f"{name} must have at least one part, but was empty")
-    return tuple(parts)
-
-
-def _check_part(name: str, array: Any, library: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-    if library_of(name, array) != library:
-        raise TypeError(f"{name} must be of the same library as outs[0], but was {type(array).__name__}")
-    if array.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, but was {array.dtype}")
-    if array.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, but had shape {array.shape}")
+    parts = check_parts(outs, lses)
+    return select_merger(parts, backend).merge(parts)

@@ -20,7 +20,7 @@
 // A part whose log-sum-exp is -inf saw no key: its O is not looked at. Without keys in any part O is 0 and lse -inf.
 // A NaN in a part stays in its row. Rows need only an element's own alignment.
 #include "isa.cuh"
-#include "element.cuh"
+#include "join.cuh"
 #include "sink.cuh"
 #include "work.cuh"
 
@@ -39,37 +39,23 @@ struct Combine {
   const CombineParams& params;
   long long row;
   long long num_rows;
-  Accumulator row_max;  // 0 rather than -inf, lest -inf be subtracted from itself
-  Accumulator row_sum;
+  Joint<Accumulator> joint;
 
   __device__ __forceinline__ Combine(const CombineParams& params, long long row, long long num_rows)
-      : params(params), row(row), num_rows(num_rows), row_max(negative_infinity()), row_sum(0) {}
+      : params(params), row(row), num_rows(num_rows), joint() {
+    joint = Joint<Accumulator>::of(params.num_splits, [this](int split) { return partial_lse(split); });
+  }
 
   __device__ __forceinline__ Accumulator partial_lse(int split) const {
     return Traits::AccumulatorElement::load(static_cast<const Accumulator*>(params.partial_lse) + split * num_rows +
                                             row);
   }
 
-  // m and l, in every lane.
-  __device__ __forceinline__ void sum_weights() {
-    const int lane = isa::lane_index();
-    for (int split = lane; split < params.num_splits; split += 32) row_max = larger(row_max, partial_lse(split));
-    row_max = largest_of_lanes<32>(row_max);
-    if (row_max == negative_infinity()) row_max = 0;
-    for (int split = lane; split < params.num_splits; split += 32) {
-      row_sum += exponential(partial_lse(split) - row_max);
-    }
-    row_sum = sum_of_lanes<32>(row_sum);
-  }
-
-  // What the row's parts, weighed by exp(lse_s - m), are multiplied by: 1 / l, with the head's sink in l.
+  // The row's log-sum-exp, and what its joined parts are multiplied by: 1, but for the head's sink.
   __device__ __forceinline__ RowEnd<Accumulator> end() const {
-    RowEnd<Accumulator> end = {negative_infinity(), 0};
-    if (row_sum != 0) end = {row_max + natural_log(row_sum), 1 / row_sum};
-    if (params.sinks != nullptr) {
-      end = add_sink<typename Config::Element>(end, params.sinks, params.sinks_are_float != 0, head());
-    }
-    return end;
+    const RowEnd<Accumulator> end = {joint.lse(), 1};
+    if (params.sinks == nullptr) return end;
+    return add_sink<typename Config::Element>(end, params.sinks, params.sinks_are_float != 0, head());
   }
 
   __device__ __forceinline__ int head() const { return static_cast<int>(row / params.seqlen_q % params.num_heads_q); }
@@ -85,7 +71,7 @@ struct Combine {
         if (lse == negative_infinity()) continue;
         const Accumulator* part =
             static_cast<const Accumulator*>(params.partial_out) + (split * num_rows + row) * params.head_dim_v;
-        sum += exponential(lse - row_max) * Traits::AccumulatorElement::load(part + column);
+        sum += joint.weight(lse) * Traits::AccumulatorElement::load(part + column);
       }
       Traits::Element::store(out + column, sum * factor);
     }
@@ -103,7 +89,6 @@ extern "C" __global__ void __launch_bounds__(Config::kNumThreads, 1)
   const long long row = static_cast<long long>(isa::block_index_x()) * Config::kRowsPerBlock + isa::warp_index();
   if (row < num_rows) {  // the same in all lanes of a warp
     Combine combine(params, row, num_rows);
-    combine.sum_weights();
     const RowEnd<Traits::Accumulator> end = combine.end();
     combine.store_out(end.factor);
     combine.store_lse(end.lse);

@@ -87,3 +87,42 @@ struct CombineParams {
   int num_splits;
   int sinks_are_float;  // 1: sinks are float; 0: of Config::Element
 };
+
+// Tells for each tile of a bool mask whether none, some or all of its elements are true: see mask_summary.cu.
+// "Columns" are the axis along which the mask is read, whichever of queries and keys that is.
+struct SummaryParams {
+  Mask mask;            // bytes [*batch_shape, num_heads, num_rows, num_columns]
+  void* summary;        // bytes [*batch_shape, num_heads, tiles of rows, tiles of columns], contiguous
+  long long num_tiles;  // all of them
+  int batch_shape[kBatchAxes];
+  int num_heads;
+  int num_rows;
+  int num_columns;
+  int block_rows;
+  int block_columns;
+  int has_words;  // every fourth column of every row starts an aligned word, and columns are neighbours
+};
+
+// How many parts one launch joins, and the axes of their rows: those of the batch, heads, queries.
+constexpr int kMaxParts = 32;
+constexpr int kRowAxes = kBatchAxes + 2;
+
+// A part of an attention's output. Strides count elements and may be zero or negative.
+struct Part {
+  const void* out;  // [*shape, head_dim_v]
+  const void* lse;  // accumulators [*shape]
+  long long out_strides[kRowAxes];
+  long long out_column_stride;
+  long long lse_strides[kRowAxes];
+};
+
+// Joins attention over disjoint sets of keys: see merge.cu.
+struct MergeParams {
+  void* out;  // Config::OutElement [*shape, head_dim_v], contiguous
+  void* lse;  // accumulators [*shape], contiguous
+  int shape[kRowAxes];
+  int num_rows;  // the product of shape
+  int head_dim_v;
+  int num_parts;
+  Part parts[kMaxParts];
+};

@@ -14,17 +14,23 @@ import importlib.util
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from ..build.cache import default_cache
 from ..build.debug import show_launch
 from ..build.launch import entry_of, launches, prepare, render_kernel
+from ..build.merging import merge_parts, merge_refusals
 from ..build.nvrtc import compile_cubin, nvrtc_version
 from ..errors import Unsupported
 from ..plan.choose import choose, refusals
 from ..plan.device import DeviceSpec
-from ..plan.specs import KernelSpec
+from ..plan.specs import KernelSpec, Launch
+from ..problem.parts import Parts
 from ..problem.problem import Buffers, Problem
 
 __all__ = ["CudaBackend", "device_spec"]
+
+_MERGES_SINCE = (7, 5)
 
 
 class CudaBackend:
@@ -34,12 +40,7 @@ class CudaBackend:
         """See `cupyflash.backends.registry.Backend`."""
         if problem.library != "cupy":
             return [_why_no_cupy_arrays()]
-        reasons = refusals(problem)
-        try:
-            nvrtc_version()
-        except Unsupported as error:
-            reasons.append(str(error))
-        return reasons
+        return refusals(problem) + _why_no_compiler()
 
     def run(self, problem: Problem, buffers: Buffers) -> None:
         """See `cupyflash.backends.registry.Backend`."""
@@ -48,11 +49,41 @@ class CudaBackend:
             plan = choose(problem, device_spec(cupy, device.id))
             operands = prepare(problem, plan, buffers, _address)
             for launch, params in launches(problem, plan, operands):
-                show_launch(launch, params, device_spec(cupy, device.id).arch)
-                kernel = _kernel(cupy, launch.spec, device.id)
-                kernel(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes)
+                _run(cupy, device.id, launch, params)
             if operands.out is not buffers.out:
                 buffers.out[...] = operands.out
+
+    def merge_reasons(self, parts: Parts) -> list[str]:
+        """See `cupyflash.backends.registry.Merger`."""
+        if parts.library != "cupy":
+            return [_why_no_cupy_arrays()]
+        reasons = merge_refusals(parts)
+        spec = device_spec(parts.namespace, parts.outs[0].device.id)
+        if spec.cc < _MERGES_SINCE:
+            needed, found = (".".join(map(str, cc)) for cc in (_MERGES_SINCE, spec.cc))
+            reasons.append(f"it merges on compute capability {needed} or later, {spec.name} has {found}")
+        return reasons + _why_no_compiler()
+
+    def merge(self, parts: Parts) -> tuple[Any, Any]:
+        """See `cupyflash.backends.registry.Merger`."""
+        cupy, device = parts.namespace, parts.outs[0].device
+        with device:
+            return merge_parts(parts, _address, lambda launch, params: _run(cupy, device.id, launch, params))
+
+
+def _run(cupy: Any, device_id: int, launch: Launch, params: np.void) -> None:
+    """Launches on the current device, `device_id`, and the current stream."""
+    show_launch(launch, params, device_spec(cupy, device_id).arch)
+    kernel = _kernel(cupy, launch.spec, device_id)
+    kernel(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes)
+
+
+def _why_no_compiler() -> list[str]:
+    try:
+        nvrtc_version()
+    except Unsupported as error:
+        return [str(error)]
+    return []
 
 
 def _why_no_cupy_arrays() -> str:

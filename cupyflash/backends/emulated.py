@@ -16,13 +16,17 @@ from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from ..build.debug import show_launch
 from ..build.host import find_compiler
 from ..build.launch import entry_of, launches, prepare, render_kernel
+from ..build.merging import merge_parts, merge_refusals
 from ..errors import Unsupported
 from ..plan.choose import choose, refusals
 from ..plan.device import DEVICES, EMULATOR, DeviceSpec
-from ..plan.specs import KernelSpec
+from ..plan.specs import KernelSpec, Launch
+from ..problem.parts import Parts
 from ..problem.problem import Buffers, Problem
 from .emulator import Function, Module, Options
 
@@ -38,26 +42,41 @@ class EmulatorBackend:
         """See `cupyflash.backends.registry.Backend`."""
         if problem.library != "numpy":
             return ["it takes NumPy arrays only"]
-        reasons = refusals(problem)
-        try:
-            find_compiler()
-        except Unsupported as error:
-            reasons.append(str(error))
-        return reasons
+        return refusals(problem) + _why_no_compiler()
 
     def run(self, problem: Problem, buffers: Buffers) -> None:
         """See `cupyflash.backends.registry.Backend`."""
-        environment = os.environ.get(_ENVIRONMENT, "")
-        options = options_from(environment)
-        device = device_from(environment)
-        plan = choose(problem, device)
+        plan = choose(problem, device_from(os.environ.get(_ENVIRONMENT, "")))
         operands = prepare(problem, plan, buffers, _address)
         for launch, params in launches(problem, plan, operands):
-            show_launch(launch, params, device.arch)
-            kernel = _kernel(launch.spec)
-            kernel(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes, options=options)
+            _run(launch, params)
         if operands.out is not buffers.out:
             buffers.out[...] = operands.out
+
+    def merge_reasons(self, parts: Parts) -> list[str]:
+        """See `cupyflash.backends.registry.Merger`."""
+        if parts.library != "numpy":
+            return ["it takes NumPy arrays only"]
+        return merge_refusals(parts) + _why_no_compiler()
+
+    def merge(self, parts: Parts) -> tuple[Any, Any]:
+        """See `cupyflash.backends.registry.Merger`."""
+        return merge_parts(parts, _address, _run)
+
+
+def _run(launch: Launch, params: np.void) -> None:
+    environment = os.environ.get(_ENVIRONMENT, "")
+    options = options_from(environment)
+    show_launch(launch, params, device_from(environment).arch)
+    _kernel(launch.spec)(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes, options=options)
+
+
+def _why_no_compiler() -> list[str]:
+    try:
+        find_compiler()
+    except Unsupported as error:
+        return [str(error)]
+    return []
 
 
 @lru_cache(maxsize=256)

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from ..problem.mods import Coordinates, add_alibi, apply_mask_mod, apply_score_mod, cap_scores
+from ..problem.parts import Parts
 from ..problem.philox import keep_tile
 from ..problem.problem import Buffers, Problem
+from .joining import join_arrays
 
 __all__ = ["MathBackend"]
 
@@ -37,6 +39,14 @@ class MathBackend:
                 _attend(problem, buffers)
             else:
                 buffers.weights[...] = _scores(problem, buffers, problem.weights_stage)
+
+    def merge_reasons(self, parts: Parts) -> list[str]:
+        """See `cupyflash.backends.registry.Merger`."""
+        return []
+
+    def merge(self, parts: Parts) -> tuple[Any, Any]:
+        """See `cupyflash.backends.registry.Merger`."""
+        return join_arrays(parts)
 
 
 def _attend(problem: Problem, buffers: Buffers) -> None:

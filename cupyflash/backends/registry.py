@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from ..errors import Unsupported
+from ..problem.parts import Parts
 from ..problem.problem import Buffers, Problem
 from .reference import MathBackend
 from .tiled import NumpyBackend
 
-__all__ = ["Backend", "backends", "name_of", "reasons_of", "register_backend", "select"]
+__all__ = ["Backend", "Merger", "backends", "name_of", "reasons_of", "register_backend", "select", "select_merger"]
 
 _ENVIRONMENT = "CUPYFLASH_BACKEND"
 _DEFAULTS = {"numpy": "numpy", "cupy": "cuda"}
@@ -34,14 +35,29 @@ class Backend(Protocol):
         """Fill `buffers.out`, and `buffers.lse` and `buffers.weights` where they are not None."""
 
 
+@runtime_checkable
+class Merger(Protocol):
+    """What a backend provides for `merge_attention` if it can merge at all."""
+
+    def merge_reasons(self, parts: Parts) -> Sequence[str]:
+        """Why this backend can't merge the parts, one sentence each; empty if it can."""
+
+    def merge(self, parts: Parts) -> tuple[Any, Any]:
+        """New arrays: the joint output and its log-sum-exp."""
+
+
+class _Both(Backend, Merger, Protocol):
+    """A backend that merges, as all of ours do."""
+
+
 class _Late:
     """A backend that is made when it is first asked: the modules behind the kernels take long to import."""
 
-    def __init__(self, make: Callable[[], Backend]) -> None:
+    def __init__(self, make: Callable[[], _Both]) -> None:
         self._make = make
 
     @cached_property
-    def _backend(self) -> Backend:
+    def _backend(self) -> _Both:
         return self._make()
 
     def reasons(self, problem: Problem) -> Sequence[str]:
@@ -50,14 +66,20 @@ class _Late:
     def run(self, problem: Problem, buffers: Buffers) -> None:
         self._backend.run(problem, buffers)
 
+    def merge_reasons(self, parts: Parts) -> Sequence[str]:
+        return self._backend.merge_reasons(parts)
 
-def _make_cuda() -> Backend:
+    def merge(self, parts: Parts) -> tuple[Any, Any]:
+        return self._backend.merge(parts)
+
+
+def _make_cuda() -> _Both:
     from .cuda import CudaBackend
 
     return CudaBackend()
 
 
-def _make_emulator() -> Backend:
+def _make_emulator() -> _Both:
     from .emulated import EmulatorBackend
 
     return EmulatorBackend()
@@ -81,6 +103,7 @@ def register_backend(name: str, backend: Backend, *, overwrite: bool = False) ->
     backend : Backend
         An object with the methods ``reasons(problem)`` and ``run(problem, buffers)``; see
         `cupyflash.backends.registry.Backend` and, for what they are given, `cupyflash.problem.problem`.
+        With the methods of `cupyflash.backends.registry.Merger` it serves `merge_attention` too.
     overwrite : bool
         Replace a backend of the same name.
 
@@ -121,18 +144,34 @@ def select(problem: Problem, name: str | None) -> Backend:
     chosen = name_of(problem, name)
     backend = _backends.get(chosen)
     if backend is None or backend.reasons(problem):
-        raise _unsupported(problem, chosen)
+        raise _unsupported(problem, chosen, reasons_of(problem))
     return backend
 
 
-def name_of(problem: Problem, name: str | None) -> str:
-    """The name of the backend that `select` asks; raises TypeError and ValueError as it does."""
+def select_merger(parts: Parts, name: str | None) -> Merger:
+    """The backend to merge the parts, chosen and refused as by `select`."""
+    chosen = name_of(parts, name)
+    backend = _backends.get(chosen)
+    if not isinstance(backend, Merger) or backend.merge_reasons(parts):
+        reasons = {name: _merge_reasons(backend, parts) for name, backend in _backends.items()}
+        raise _unsupported(parts, chosen, reasons)
+    return backend
+
+
+def _merge_reasons(backend: Backend, parts: Parts) -> tuple[str, ...]:
+    if isinstance(backend, Merger):
+        return tuple(backend.merge_reasons(parts))
+    return ("it can't merge: it has no methods merge_reasons and merge",)
+
+
+def name_of(call: Problem | Parts, name: str | None) -> str:
+    """The name of the backend that `select` or `select_merger` asks; raises TypeError and ValueError as they do."""
     source = "backend"
     if name is None:
         name = os.environ.get(_ENVIRONMENT) or None
         source = _ENVIRONMENT
     if name is None:
-        return _DEFAULTS[problem.library]
+        return _DEFAULTS[call.library]
     if not isinstance(name, str):
         raise TypeError(f"backend must be one of {backends()} or None, but was {name!r}")
     if name not in _backends:
@@ -145,11 +184,10 @@ def reasons_of(problem: Problem) -> dict[str, tuple[str, ...]]:
     return {name: tuple(backend.reasons(problem)) for name, backend in _backends.items()}
 
 
-def _unsupported(problem: Problem, chosen: str) -> Unsupported:
-    reasons = reasons_of(problem)
+def _unsupported(call: Problem | Parts, chosen: str, reasons: Mapping[str, tuple[str, ...]]) -> Unsupported:
     if chosen not in reasons:
         reasons = {chosen: ("it has no kernels in this version",), **reasons}
-    lines = [f"backend {chosen!r} can't run this call:", f"  {problem}".replace("\n", "\n  "), "Reasons:"]
+    lines = [f"backend {chosen!r} can't run this call:", f"  {call}".replace("\n", "\n  "), "Reasons:"]
     for name, why in reasons.items():
         usable = f'it can run this: pass backend="{name}"'
         lines.append(f"  {name}: {'; '.join(why) or usable}")

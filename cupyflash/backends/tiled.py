@@ -12,13 +12,15 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..problem.parts import Parts
 from ..problem.problem import Buffers, Problem
 from .blas import control, one_blas_thread
 from .block import FEW_ROWS, Block, Tiling
+from .joining import join_arrays
 from .pool import num_threads, run_jobs
 from .slices import slice_call
 
@@ -71,6 +73,14 @@ class NumpyBackend:
             return
         with one_blas_thread:
             run_jobs(attend, jobs, tiling.threads if control() else 1)
+
+    def merge_reasons(self, parts: Parts) -> list[str]:
+        """See `cupyflash.backends.registry.Merger`."""
+        return [] if parts.library == "numpy" else ["it takes NumPy arrays only"]
+
+    def merge(self, parts: Parts) -> tuple[Any, Any]:
+        """See `cupyflash.backends.registry.Merger`."""
+        return join_arrays(parts)
 
 
 # --- cutting a call into jobs --------------------------------------------------------------------------------------

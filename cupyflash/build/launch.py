@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import Unsupported
-from ..plan.specs import CombineSpec, FwdSpec, KernelSpec, Launch, Plan
+from ..plan.specs import CombineSpec, FwdSpec, KernelSpec, Launch, MaskSummarySpec, MergeSpec, Plan
 from ..problem.philox import dropout_threshold
 from ..problem.problem import Buffers, Problem
 from ..problem.shapes import join, joinable_axes
@@ -25,8 +25,11 @@ from .params import (
     COMBINE_PARAMS,
     FWD_PARAMS,
     MASK,
+    MERGE_PARAMS,
     NO_SCORES,
+    PART,
     SCORE_PARAMS,
+    SUMMARY_PARAMS,
     TENSOR,
     layout_checks,
     pack_combine,
@@ -35,7 +38,18 @@ from .params import (
 )
 from .source import ConfigValue, KernelSource, render
 
-__all__ = ["Copy", "Operands", "batch_refusals", "copies_of", "entry_of", "launches", "prepare", "render_kernel"]
+__all__ = [
+    "Copy",
+    "MaskSummary",
+    "Operands",
+    "batch_refusals",
+    "copies_of",
+    "entry_of",
+    "launches",
+    "prepare",
+    "render_kernel",
+    "summarize_mask",
+]
 
 _ELEMENTS = {"float16": "Float16", "bfloat16": "BFloat16", "float32": "float", "float64": "double"}
 _STRUCTURES = {
@@ -44,6 +58,9 @@ _STRUCTURES = {
     "ScoreParams": SCORE_PARAMS,
     "FwdParams": FWD_PARAMS,
     "CombineParams": COMBINE_PARAMS,
+    "SummaryParams": SUMMARY_PARAMS,
+    "Part": PART,
+    "MergeParams": MERGE_PARAMS,
 }
 # What a copy's rows begin at multiples of: as much as any kernel asks for.
 _COPY_ALIGNMENT = 16
@@ -63,6 +80,11 @@ def render_kernel(spec: KernelSpec) -> KernelSource:
 
 
 def _constants(spec: KernelSpec) -> dict[str, ConfigValue]:
+    if isinstance(spec, MaskSummarySpec):
+        return {"kTilesPerBlock": spec.tiles_per_block}
+    if isinstance(spec, MergeSpec):
+        elements = {"Element": _ELEMENTS[spec.dtype], "OutElement": _ELEMENTS[spec.out_dtype]}
+        return elements | {"kRowsPerBlock": spec.rows_per_block}
     if isinstance(spec, CombineSpec):
         return {"Element": _ELEMENTS[spec.dtype], "kNumThreads": spec.num_threads, "kRowsPerBlock": spec.rows_per_block}
     return {
@@ -103,6 +125,7 @@ class Operands(NamedTuple):
     steps: list[Any]  # for each of the first four its strides in elements, as in a Tensor
     scores: bytes  # SCORE_PARAMS
     sinks: tuple[int, int]  # as in COMBINE_PARAMS: address, and whether they are float32
+    summary: MaskSummary | None  # of the bool mask by the plan's tiles
     kept: tuple[Any, ...]  # arrays that live as long as the call
 
 
@@ -129,12 +152,15 @@ def prepare(problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[A
 
     batch_shape = problem.batch_shape
     masks = [] if problem.has_plain_scores else _masks(buffers, problem.namespace)
-    steps += [_mask_steps(mask) for mask in masks]
+    summary = None
+    if problem.has_bool_mask:
+        summary = _summary_for(plan, masks[-1], problem.namespace, address)
+    steps += [_mask_steps(mask) for mask in (*masks, *([summary.array] if summary else ()))]
     if len(batch_shape) > BATCH_AXES:
         batch_shape, steps = _join(batch_shape, tuple(steps))
     scores, sinks, kept = NO_SCORES, (0, 0), ()
     if problem.has_sinks or not problem.has_plain_scores:
-        scores, sinks, kept = _scores(problem, buffers, masks, steps[4:], address)
+        scores, sinks, kept = _scores(problem, buffers, masks, summary, steps[4:], address)
     partial_out = partial_lse = None
     if plan.num_splits > 1:
         accumulator, xp = problem.element.accumulator, problem.namespace
@@ -150,6 +176,7 @@ def prepare(problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[A
         steps[:4],
         scores,
         sinks,
+        summary,
         kept,
     )
 
@@ -158,6 +185,20 @@ def _masks(buffers: Buffers, xp: Any) -> list[Any]:
     """The float and the bool mask that there are; copied where elements do not lie at multiples of their size."""
     masks = [mask for mask in (buffers.float_mask, buffers.bool_mask) if mask is not None]
     return [xp.ascontiguousarray(m) if any(s % m.itemsize for s in m.strides) else m for m in masks]
+
+
+def _summary_for(plan: Plan, mask: Any, xp: Any, address: Callable[[Any], int]) -> MaskSummary | None:
+    """Which tiles of the forward kernel are empty or whole; None where that says nothing.
+
+    A tile whose rows are queries of several heads has a place in the summary only if they all see the same keys.
+    """
+    tile = next((launch.spec.tile for launch in plan.launches if isinstance(launch.spec, FwdSpec)), None)
+    if tile is None or mask.shape[-1] <= tile.block_n:
+        return None
+    same_for_rows = all(n == 1 or step == 0 for n, step in zip(mask.shape[-3:-1], mask.strides[-3:-1], strict=True))
+    if plan.pack > 1 and not same_for_rows:
+        return None
+    return summarize_mask(mask, tile.block_m, tile.block_n, xp, address)
 
 
 def _mask_steps(mask: Any) -> tuple[int, ...]:
@@ -170,14 +211,19 @@ _NO_MASK = (0,) * (BATCH_AXES + 4)
 
 
 def _scores(
-    problem: Problem, buffers: Buffers, masks: list[Any], steps: list[Any], address: Callable[[Any], int]
+    problem: Problem,
+    buffers: Buffers,
+    masks: list[Any],
+    summary: MaskSummary | None,
+    steps: list[Any],
+    address: Callable[[Any], int],
 ) -> tuple[bytes, tuple[int, int], tuple[Any, ...]]:
     """What the kernels have to know of everything but the band: SCORE_PARAMS; the sinks; arrays to be kept."""
     xp, alibi_slopes, seed = problem.namespace, buffers.alibi_slopes, buffers.seed
-    described = {id(mask): (address(mask), *step) for mask, step in zip(masks, steps, strict=True)}
-    found = iter(masks)
-    float_mask = described[id(next(found))] if buffers.float_mask is not None else _NO_MASK
-    bool_mask = described[id(next(found))] if buffers.bool_mask is not None else _NO_MASK
+    arrays = [*masks, *([summary.array] if summary else ())]
+    described = iter([(address(array), *step) for array, step in zip(arrays, steps, strict=True)])
+    float_mask = _NO_MASK if buffers.float_mask is None else next(described)
+    bool_mask = _NO_MASK if buffers.bool_mask is None else next(described)
     sinks, sinks_of = (0, 0), None
     if buffers.sinks is not None:
         sinks_of = xp.ascontiguousarray(buffers.sinks)
@@ -189,7 +235,7 @@ def _scores(
     params = pack_scores(
         *float_mask,
         *bool_mask,
-        *_NO_MASK,
+        *next(described, _NO_MASK),
         0 if alibi_slopes is None else address(alibi_slopes),
         sinks[0],
         address(seed) if seed_is_array else 0,
@@ -234,6 +280,8 @@ def copies_of(plan: Plan, buffers: Buffers, address: Callable[[Any], int]) -> li
 
 def launches(problem: Problem, plan: Plan, operands: Operands) -> Iterator[tuple[Launch, np.void]]:
     """The plan's launches in order, each with its parameter block."""
+    if operands.summary is not None and operands.summary.launch is not None and operands.summary.params is not None:
+        yield operands.summary.launch, operands.summary.params
     for launch in plan.launches:
         if isinstance(launch.spec, FwdSpec):
             yield launch, _forward_params(problem, plan, operands)
@@ -370,3 +418,72 @@ def _empty_rows_like(array: Any, xp: Any) -> Any:
 def _padded_rows(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     step = _COPY_ALIGNMENT // itemsize
     return (*shape[:-1], -(-shape[-1] // step) * step)
+
+
+class MaskSummary(NamedTuple):
+    """What is known of each tile of a bool mask, and the launch that finds it out: see `summarize_mask`."""
+
+    array: Any  # bytes, of the mask's rank; the last two axes count tiles, and those of length 1 broadcast
+    launch: Launch | None  # None: there is nothing to look at
+    params: np.void | None
+
+
+def summarize_mask(mask: Any, block_m: int, block_n: int, xp: Any, address: Callable[[Any], int]) -> MaskSummary:
+    """A new array for the summary of a bool mask by tiles, not yet filled, and the launch that fills it.
+
+    The summary's bytes are 0 where no key of a tile takes part for any of its queries, 2 where all do, and otherwise 1.
+    It has one entry for what the mask has once: its axis is of length 1 where the mask's is, or has a stride of 0.
+
+    Parameters
+    ----------
+    mask : bool array (*batch, Hq, L, S)
+        Axes of length 1 broadcast; any strides.
+    block_m, block_n : int
+        Queries and keys of a tile.
+
+    Raises
+    ------
+    Unsupported
+        The mask has more batch axes than a kernel carries, after joining.
+    """
+    once = mask[tuple([slice(None, 1) if stride == 0 else slice(None) for stride in mask.strides])]
+    # A warp's lanes stand side by side along the axis whose neighbours lie closer.
+    is_swapped = _distance(once, -2) < _distance(once, -1)
+    if is_swapped:
+        once, block_m, block_n = once.swapaxes(-1, -2), block_n, block_m
+    *batch, num_heads, num_rows, num_columns = once.shape
+    summary = xp.empty((*batch, num_heads, math.ceil(num_rows / block_m), math.ceil(num_columns / block_n)), np.uint8)
+    array = summary.swapaxes(-1, -2) if is_swapped else summary
+    if summary.size == 0:
+        return MaskSummary(array, None, None)
+
+    batch_shape, steps = (
+        tuple(batch),
+        tuple([0 if n == 1 else s for n, s in zip(once.shape, once.strides, strict=True)]),
+    )
+    if len(batch_shape) > BATCH_AXES:
+        batch_shape, (steps,) = _join(batch_shape, (steps,))
+    missing = BATCH_AXES - len(batch_shape)
+    *batch_steps, head_step, row_step, column_step = steps
+    in_fours = (address(once), *batch_steps, head_step, row_step, block_n)
+    block = (
+        (address(once), (0,) * missing + tuple(batch_steps), head_step, row_step, column_step),
+        address(summary),
+        summary.size,
+        (1,) * missing + batch_shape,
+        num_heads,
+        num_rows,
+        num_columns,
+        block_m,
+        block_n,
+        column_step == 1 and not any(number % 4 for number in in_fours),
+    )
+    spec = MaskSummarySpec()
+    launch = Launch(spec, (math.ceil(summary.size / spec.tiles_per_block),))
+    params: np.void = np.array([block], SUMMARY_PARAMS)[0]
+    return MaskSummary(array, launch, params)
+
+
+def _distance(array: Any, axis: int) -> float:
+    """Bytes between neighbours along the axis; infinite where there are none."""
+    return abs(array.strides[axis]) if array.shape[axis] > 1 else math.inf

@@ -12,7 +12,21 @@ from collections.abc import Callable
 
 import numpy as np
 
-__all__ = ["BATCH_AXES", "COMBINE_PARAMS", "FWD_PARAMS", "TENSOR", "layout_checks", "pack_combine", "pack_forward"]
+__all__ = [
+    "BATCH_AXES",
+    "COMBINE_PARAMS",
+    "FWD_PARAMS",
+    "MASK",
+    "MAX_PARTS",
+    "MERGE_PARAMS",
+    "PART",
+    "ROW_AXES",
+    "SUMMARY_PARAMS",
+    "TENSOR",
+    "layout_checks",
+    "pack_combine",
+    "pack_forward",
+]
 
 #: Batch axes that a kernel carries.
 BATCH_AXES = 4
@@ -99,6 +113,50 @@ COMBINE_PARAMS = np.dtype(
         ("head_dim_v", np.int32),
         ("num_splits", np.int32),
         ("sinks_are_float", np.int32),
+    ],
+    align=True,
+)
+
+SUMMARY_PARAMS = np.dtype(
+    [
+        ("mask", MASK),
+        ("summary", np.uintp),
+        ("num_tiles", np.int64),
+        ("batch_shape", np.int32, (BATCH_AXES,)),
+        ("num_heads", np.int32),
+        ("num_rows", np.int32),
+        ("num_columns", np.int32),
+        ("block_rows", np.int32),
+        ("block_columns", np.int32),
+        ("has_words", np.int32),
+    ],
+    align=True,
+)
+
+#: Parts that one launch of the merge joins, and the axes of their rows.
+MAX_PARTS = 32
+ROW_AXES = BATCH_AXES + 2
+
+PART = np.dtype(
+    [
+        ("out", np.uintp),
+        ("lse", np.uintp),
+        ("out_strides", np.int64, (ROW_AXES,)),
+        ("out_column_stride", np.int64),
+        ("lse_strides", np.int64, (ROW_AXES,)),
+    ],
+    align=True,
+)
+
+MERGE_PARAMS = np.dtype(
+    [
+        ("out", np.uintp),
+        ("lse", np.uintp),
+        ("shape", np.int32, (ROW_AXES,)),
+        ("num_rows", np.int32),
+        ("head_dim_v", np.int32),
+        ("num_parts", np.int32),
+        ("parts", PART, (MAX_PARTS,)),
     ],
     align=True,
 )

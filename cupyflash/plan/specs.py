@@ -9,7 +9,17 @@ from ..hashing import hash_once
 from ..problem.dtypes import dtype_named
 from .tiles import FAMILIES, TileConfig
 
-__all__ = ["CombineSpec", "Features", "FwdSpec", "KernelSpec", "Launch", "Plan"]
+__all__ = [
+    "COMPANIONS",
+    "CombineSpec",
+    "Features",
+    "FwdSpec",
+    "KernelSpec",
+    "Launch",
+    "MaskSummarySpec",
+    "MergeSpec",
+    "Plan",
+]
 
 _SHORT_NAMES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 
@@ -127,7 +137,51 @@ class CombineSpec:
         return f"{self.family}-{_SHORT_NAMES[self.dtype]}"
 
 
-KernelSpec = FwdSpec | CombineSpec
+@dataclass(frozen=True)
+class MaskSummarySpec:
+    """The kernel that tells of each tile of a bool mask whether none, some or all of it is true: one warp for each."""
+
+    family = "mask_summary"
+    shared_bytes = 0
+    num_threads = 128
+    tiles_per_block = 4
+
+    def __str__(self) -> str:
+        return self.family
+
+
+@dataclass(frozen=True)
+class MergeSpec:
+    """The kernel that joins attention outputs over disjoint sets of keys: one warp for each row of the output.
+
+    Parameters
+    ----------
+    dtype, out_dtype : str
+        Of the parts' outputs and of the joint one: the same, or one of the two is the accumulator of the other.
+    """
+
+    dtype: str
+    out_dtype: str
+
+    family = "merge"
+    shared_bytes = 0
+    num_threads = 128
+    rows_per_block = 4
+
+    def __str__(self) -> str:
+        to = "" if self.out_dtype == self.dtype else f"-to-{_SHORT_NAMES[self.out_dtype]}"
+        return f"{self.family}-{_SHORT_NAMES[self.dtype]}{to}"
+
+
+KernelSpec = FwdSpec | CombineSpec | MaskSummarySpec | MergeSpec
+
+#: The kernels that no plan of `attention` names.
+COMPANIONS: tuple[KernelSpec, ...] = (
+    MaskSummarySpec(),
+    *[MergeSpec(dtype, dtype) for dtype in _SHORT_NAMES],
+    *[MergeSpec(dtype, "float32") for dtype in ("float16", "bfloat16")],
+    *[MergeSpec("float32", dtype) for dtype in ("float16", "bfloat16")],
+)
 
 
 @hash_once

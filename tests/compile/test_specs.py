@@ -10,7 +10,7 @@ import pytest
 from cupyflash.build.launch import entry_of, render_kernel
 from cupyflash.build.nvrtc import Binary, Resources
 from cupyflash.plan.choose import every_spec
-from cupyflash.plan.specs import FwdSpec
+from cupyflash.plan.specs import COMPANIONS, FwdSpec
 from cupyflash.plan.tiles import FAMILIES
 from tests.compile.checks import faults
 from tests.compile.compiling import found_faults
@@ -37,8 +37,15 @@ def test_registers_alone_and_tensor_cores(pair: Pair, compiled: dict[Pair, list[
     assert compiled[pair] == []
 
 
+@pytest.mark.slow
+def test_companions_need_registers_alone(nvrtc: tuple[int, int], tmp_path: Path) -> None:
+    pairs = [Pair(spec, arch) for spec in COMPANIONS for arch in sorted({pair.arch for pair in EVERY})]
+    found = dict(zip(pairs, found_faults(pairs, tmp_path, 2), strict=True))
+    assert {pair: faults for pair, faults in found.items() if faults} == {}
+
+
 def test_every_spec_is_another_text() -> None:
-    specs = list(every_spec())
+    specs = [*every_spec(), *COMPANIONS]
     assert len({render_kernel(spec).text for spec in specs}) == len(specs)
 
 

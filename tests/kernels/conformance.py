@@ -309,7 +309,6 @@ def make_probes() -> dict[str, Probe]:
             "probes.cu", "probe_memory", {"in": _any_word(rng, LANES, 8)}, {"out": _blank(LANES, 8)}, shared_mem=1024
         ),
         # The last byte, or half, of a lane's output is not written.
-        "bytes": Probe("probes.cu", "probe_bytes", {"in": _any_word(rng, LANES, 2)}, {"out": _blank(LANES, 2)}),
         "halves": Probe("probes.cu", "probe_halves", {"in": _any_word(rng, LANES, 2)}, {"out": _blank(LANES, 2)}),
         "atomics": _atomics(rng),
         "cp_async": Probe(
@@ -332,6 +331,8 @@ def make_probes() -> dict[str, Probe]:
         ),
         "sync_warp": Probe("probes.cu", "probe_sync_warp", {}, {"out": _blank(LANES)}, shared_mem=128),
         **_stmatrix(rng),
+        # The last byte of a lane's output is not written.
+        "bytes": Probe("probes.cu", "probe_bytes", {"in": _any_word(rng, LANES, 2)}, {"out": _blank(LANES, 2)}),
     }
 
 

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from cupyflash.backends.emulator import EmulatorError, Module, Options
-from cupyflash.build.launch import render_kernel
+from cupyflash.build.launch import render_kernel, summarize_mask
+from cupyflash.build.merging import merge_parts
 from cupyflash.build.source import KernelSource, kernels_folder, read_kernel
-from cupyflash.plan.specs import CombineSpec
+from cupyflash.plan.specs import CombineSpec, Launch, MaskSummarySpec, MergeSpec
+from cupyflash.problem.parts import check_parts
 from cupyflash.testing import Case
 from tests.cases import heads
 from tests.kernels import forward, simt, test_combine
@@ -90,6 +92,40 @@ def simt_problem(given, **how):
     return run
 
 
+def summary_problem(shape, block_m, block_n):
+    """Stretches of elements that make tiles of all three kinds."""
+    mask = np.arange(np.prod(shape)).reshape(shape) // 2500 % 3 != 0
+
+    def run(module: Module, options: Options) -> bytes:
+        array, launch, params = summarize_mask(mask, block_m, block_n, np, lambda array: array.ctypes.data)
+        array[...] = 0xEE
+        kernel = module.get_function("flash_mask_summary")
+        kernel(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes, options=options)
+        return array.tobytes()
+
+    return run
+
+
+def merge_problem(dtype, num_parts, shape):
+    """Parts of one float type, the last of them dead."""
+    rng = np.random.default_rng(num_parts)
+    outs, lses = rng.standard_normal((num_parts, *shape)).astype(dtype), rng.standard_normal((num_parts, *shape[:-1]))
+    lses[-1] = -np.inf
+    lses[:, ..., 0] = -np.inf
+    parts = check_parts(list(outs.swapaxes(1, 2)), list(lses.astype(np.float32).swapaxes(1, 2)))
+
+    def run(module: Module, options: Options) -> bytes:
+        kernel = module.get_function("flash_merge")
+
+        def launch_it(launch: Launch, params: np.void) -> None:
+            kernel(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes, options=options)
+
+        joined = merge_parts(parts, lambda array: array.ctypes.data, launch_it)
+        return b"".join(array.tobytes() for array in joined)
+
+    return run
+
+
 # Two panels of Q and K, the second one in part, and a head of keys for two of queries.
 SIMT_PACKED_SPLIT = Case(
     query_shape=(1, 4, 20, 40),
@@ -139,6 +175,14 @@ SUBJECTS = {
     ),
     "fwd_sm80.cu, sm_75": Subject(
         forward.source(SM75), [forward_problem(SM75, 64, 100, upper=0), forward_problem(SM75, 70, 260, upper=200)]
+    ),
+    "merge.cu": Subject(
+        render_kernel(MergeSpec("float16", "float16")),
+        [merge_problem(np.float16, 3, (2, 5, 300)), merge_problem(np.float16, 5, (2, 3, 7))],
+    ),
+    "mask_summary.cu": Subject(
+        render_kernel(MaskSummarySpec()),
+        [summary_problem((2, 3, 70, 100), 16, 32), summary_problem((1, 3, 70, 99), 16, 32)],  # in words; one by one
     ),
 }
 
@@ -334,9 +378,23 @@ def test_bad_exemptions_are_refused() -> None:
         ("fwd_simt.cu, packed, split", "column_begin + column < num_columns", "true"),
         ("fwd_simt.cu, packed, split", "at_most(tiles.begin + share, tiles.end)", "tiles.end"),
         ("combine.cu", "if (lse == negative_infinity()) continue;", ""),
-        ("combine.cu", "if (row_max == negative_infinity()) row_max = 0;", ""),
-        ("combine.cu", "split += 32) row_max =", "split += 64) row_max ="),
+        ("combine.cu", "if (largest == negative_infinity()) largest = 0;", ""),
+        ("combine.cu", "part += 32) largest =", "part += 64) largest ="),
         ("combine.cu", "if (row < num_rows)", "if (row <= num_rows)"),
+        ("merge.cu", "begin += 32 * Traits::kColumns", "begin += 64 * Traits::kColumns"),
+        (
+            "merge.cu",
+            "const int column = column_begin + 32 * i;\n    if (column < num_columns) {",
+            "const int column = 0; {",
+        ),
+        ("merge.cu", "if (largest == negative_infinity()) largest = 0;", ""),
+        ("merge.cu", "total == 0 ? 1 : total", "total"),
+        ("merge.cu", "row /= shape[axis];", ""),
+        ("mask_summary.cu", "const Byte* first) { return isa::ldg_4(first); }", "const Byte* first) { return 1; }"),
+        ("mask_summary.cu", "return 0x01010101u * isa::ldg_1(first);", "return isa::ldg_1(first);"),
+        ("mask_summary.cu", "some_false = isa::any(some_false);", ";"),
+        ("mask_summary.cu", "some_true = isa::any(some_true);", ";"),
+        ("mask_summary.cu", "offset += tile % params.num_heads * mask.head_stride;", ""),
     ],
 )
 def test_problems_reach_every_branch(file: str, code: str, wrong: str) -> None:

@@ -17,14 +17,14 @@ import pytest
 import cupyflash
 from cupyflash.backends import emulated, emulator
 from cupyflash.build import launch as launching
-from cupyflash.build.cache import Cache
+from cupyflash.build.cache import Cache, default_cache
 from cupyflash.build.launch import render_kernel
 from cupyflash.build.nvrtc import compile_cubin
-from cupyflash.build.params import FWD_PARAMS
+from cupyflash.build.params import FWD_PARAMS, MERGE_PARAMS
 from cupyflash.plan.device import DEVICES, EMULATOR, DeviceSpec
 from cupyflash.plan.specs import FwdSpec, KernelSpec
 from cupyflash.plan.tiles import TileConfig
-from cupyflash.testing import Case, random_case
+from cupyflash.testing import DTYPES, Case, random_case
 from tests import cupy_stand_in
 from tests.cases import KERNELS, heads
 from tests.conftest import Require
@@ -159,6 +159,63 @@ def test_the_cubin_is_the_compilers_for_the_device(monkeypatch: pytest.MonkeyPat
         spec = FwdSpec("fwd_sm80", "float16", 64, 64, TileConfig(64, 64, 4))
         expected = compile_cubin(render_kernel(spec), DEVICES[device].arch, Cache(tmp_path))
         assert gpu.launches[0].cubin == expected.path.read_bytes()
+
+
+def parts(number: int, dtype: Any = np.float16) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    rng = np.random.default_rng(number)
+    outs = [rng.standard_normal((2, 5, 3, 40)).astype(dtype).swapaxes(1, 2) for _ in range(number)]
+    return outs, [rng.standard_normal((2, 3, 5)).astype(np.float32) for _ in range(number)]
+
+
+@pytest.mark.parametrize(("number", "launches"), [(1, 1), (3, 1), (32, 1), (33, 3), (70, 4)])
+def test_a_merge_launches_what_the_emulator_launches(
+    number: int, launches: int, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outs, lses = parts(number)
+    expected: list[tuple[Any, np.void]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(emulated, "_run", lambda launch, params: expected.append((launch, params)))
+        cupyflash.merge_attention(outs, lses, backend="emulator")
+    out, lse = cupyflash.merge_attention(list(map(Array, outs)), list(map(Array, lses)))
+    assert isinstance(out, Array)
+    assert (out.dtype, out.shape, lse.dtype, lse.shape) == (np.float16, (2, 3, 5, 40), np.float32, (2, 3, 5))
+    assert len(gpu.launches) == len(expected) == launches
+    for met, (launch, params) in zip(gpu.launches, expected, strict=True):
+        assert (met.name, met.grid, met.block, met.shared_mem) == ("flash_merge", launch.grid, launch.block, 0)
+        assert met.cubin == compile_cubin(render_kernel(launch.spec), EMULATOR.arch, default_cache()).path.read_bytes()
+        check_merge_params(np.frombuffer(met.params, MERGE_PARAMS)[0], params)
+    last = np.frombuffer(gpu.launches[-1].params, MERGE_PARAMS)[0]
+    assert (last["out"], last["lse"]) == (out.data.ptr, lse.data.ptr)
+    first = np.frombuffer(gpu.launches[0].params, MERGE_PARAMS)[0]["parts"][0]
+    assert (first["out"], first["lse"]) == (outs[0].ctypes.data, lses[0].ctypes.data)
+    assert [str(launch.spec) for launch, _ in expected[-2:]][-1] == ("merge-f16" if number < 33 else "merge-f32-to-f16")
+
+
+def check_merge_params(met: np.void, expected: np.void) -> None:
+    """All but the addresses of what each call makes itself."""
+    for field in ("shape", "num_rows", "head_dim_v", "num_parts"):
+        assert (met[field] == expected[field]).all(), field
+    for field in ("out_strides", "out_column_stride", "lse_strides"):
+        assert (met["parts"][field] == expected["parts"][field]).all(), field
+
+
+def test_a_merge_runs_on_the_current_stream_and_the_arrays_device(gpu: Gpu) -> None:
+    outs, lses = parts(2)
+    with gpu.on_stream("mine"):
+        cupyflash.merge_attention(list(map(ArrayElsewhere, outs)), list(map(ArrayElsewhere, lses)))
+    assert [(launch.device, launch.stream) for launch in gpu.launches] == [(1, "mine")]
+    with pytest.raises(ValueError, match=r"outs\[1\] must be on outs\[0\]'s device stand-in device 0, but was on .* 1"):
+        cupyflash.merge_attention([Array(outs[0]), ArrayElsewhere(outs[1])], list(map(Array, lses)))
+
+
+def test_merging_needs_turing(monkeypatch: pytest.MonkeyPatch) -> None:
+    outs, lses = parts(2, DTYPES["bfloat16"])
+    gpu = install(monkeypatch, DEVICES["T4"])
+    cupyflash.merge_attention(list(map(Array, outs)), list(map(Array, lses)))
+    assert len(gpu.launches) == 1
+    install(monkeypatch, replace(DEVICES["T4"], name="V100", cc=(7, 0)))
+    with pytest.raises(cupyflash.Unsupported, match=r"it merges on compute capability 7\.5 or later, V100 has 7\.0"):
+        cupyflash.merge_attention(list(map(Array, outs)), list(map(Array, lses)))
 
 
 def test_a_gpu_without_kernels_names_math(monkeypatch: pytest.MonkeyPatch) -> None:

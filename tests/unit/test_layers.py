@@ -29,6 +29,7 @@ ORDER = [
     "problem.problem",
     "problem.checks",
     "problem.normalize",
+    "problem.parts",
     "plan",
     "plan.device",
     "plan.tiles",
@@ -42,12 +43,14 @@ ORDER = [
     "build.nvrtc",
     "build.launch",
     "build.debug",
+    "build.merging",
     "backends",
     "backends.pool",
     "backends.blas",
     "backends.scratch",
     "backends.slices",
     "backends.block",
+    "backends.joining",
     "backends.reference",
     "backends.tiled",
     "backends.emulator",
@@ -70,7 +73,8 @@ ORDER = [
 
 # Who may import which neighbour in backends/: tiled shares helpers, and the registry names every backend.
 SHARED = {
-    "backends.tiled": {"backends.blas", "backends.block", "backends.pool", "backends.slices"},
+    "backends.reference": {"backends.joining"},
+    "backends.tiled": {"backends.blas", "backends.block", "backends.joining", "backends.pool", "backends.slices"},
     "backends.block": {"backends.scratch", "backends.slices"},
     "backends.emulated": {"backends.emulator"},
     "backends.registry": {"backends.cuda", "backends.emulated", "backends.reference", "backends.tiled"},

@@ -7,6 +7,7 @@ import pytest
 
 import cupyflash
 from cupyflash.backends import registry
+from cupyflash.problem.parts import Parts
 from cupyflash.problem.problem import Buffers, Problem
 
 X = np.ones((2, 3, 4), np.float32)
@@ -45,6 +46,25 @@ def test_a_registered_backend_runs_by_name_alone() -> None:
     assert (out == 7).all()
     assert (lse == 3).all()
     assert (cupyflash.attention(X, X, X) == 1).all()
+
+
+def test_a_backend_without_merge_says_so() -> None:
+    cupyflash.register_backend("constant", Constant(7))
+    parts = ([X, X], [X[..., 0], X[..., 0]])
+    with pytest.raises(cupyflash.Unsupported, match="constant: it can't merge: it has no methods merge_reasons and"):
+        cupyflash.merge_attention(*parts, backend="constant")
+
+    class Merging(Constant):
+        def merge_reasons(self, parts: Parts) -> list[str]:
+            return [] if len(parts.outs) == 2 else ["it merges two parts"]
+
+        def merge(self, parts: Parts) -> tuple[np.ndarray, np.ndarray]:
+            return parts.outs[1], parts.lses[1]
+
+    cupyflash.register_backend("constant", Merging(7), overwrite=True)
+    assert cupyflash.merge_attention(*parts, backend="constant")[0] is X
+    with pytest.raises(cupyflash.Unsupported, match="constant: it merges two parts"):
+        cupyflash.merge_attention([X], [X[..., 0]], backend="constant")
 
 
 def test_overwrite() -> None:
