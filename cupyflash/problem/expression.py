@@ -35,8 +35,9 @@ __all__ = [
 
 COORDINATES = ("b", "h", "q_idx", "kv_idx")
 
-#: No batch, number of heads or sequence is longer.
-MAX_LENGTH = 2**30
+#: Batches, numbers of heads and sequences of calls with mods are no longer.  Far from 2³¹, so that a sum of a few
+#: coordinates still fits 32 bits.
+MAX_LENGTH = 2**27
 
 
 class Node(NamedTuple):
@@ -72,8 +73,9 @@ class Range(NamedTuple):
     low: int
     high: int
 
-    def __contains__(self, other: object) -> bool:
-        return isinstance(other, Range) and (other.high < other.low or self.low <= other.low <= other.high <= self.high)
+    def covers(self, other: Range) -> bool:
+        """True if every integer of the other range is in this one."""
+        return other.high < other.low or self.low <= other.low <= other.high <= self.high
 
 
 class Number(NamedTuple):
@@ -177,9 +179,7 @@ def static_ranges(expression: Expression) -> tuple[Range | None, ...]:
     return ranges(expression, coordinates, numbers)
 
 
-def ranges(
-    expression: Expression, coordinates: Sequence[Range], numbers: Sequence[Range]
-) -> tuple[Range | None, ...]:
+def ranges(expression: Expression, coordinates: Sequence[Range], numbers: Sequence[Range]) -> tuple[Range | None, ...]:
     """The range of every integer node; None for floats.
 
     Parameters
@@ -207,7 +207,7 @@ def ranges(
         else:
             result = _result(node, [operand for operand in operands if operand is not None]) or whole
         # What does not fit wraps around.
-        found.append(result if result in whole else whole)
+        found.append(result if whole.covers(result) else whole)
     return tuple(found)
 
 
@@ -254,14 +254,14 @@ def _result(node: Node, operands: list[Range]) -> Range | None:
             return Range(-most, most)
         return _hull(x // y for x in a for y in b)
     if op == "remainder":  # of a division by zero: 0
-        if 0 <= a.low and a.high < b.low:
+        if a.low >= 0 and a.high < b.low:
             return a
         return Range(min(0, b.low + 1), max(0, min(b.high - 1, a.high) if a.low >= 0 else b.high - 1))
     if op == "bitwise_and" and (a.low >= 0 or b.low >= 0):
         return Range(0, min(x.high for x in (a, b) if x.low >= 0))
     if op == "right_shift" and b.low >= 0:
         return _hull(x >> min(y, 64) for x in a for y in b)
-    if op == "left_shift" and 0 <= b.low and b.high < 64:
+    if op == "left_shift" and b.low >= 0 and b.high < 64:
         return _hull(x << y for x in a for y in b)
     return None
 
@@ -279,7 +279,7 @@ def _hull(values: Iterator[int]) -> Range:
 def pretty(
     expression: Expression, lookups: Sequence[str] | None = None, numbers: Sequence[object] | None = None
 ) -> str:
-    """The expression as NumPy, one line for each value that is used more than once and one for the result.
+    """The expression in the words of NumPy, one line for each value that is used more than once and one for the result.
 
     Parameters
     ----------
@@ -290,17 +290,19 @@ def pretty(
     for node in expression.nodes:
         for operand in node.operands:
             uses[operand] += 1
-    lines, texts, depths = [], [], []
+    lines: list[str] = []
+    texts: list[str] = []
+    depths: list[int] = []
     for i, node in enumerate(expression.nodes):
+        is_last = i == len(expression.nodes) - 1
         text = write_node(node, [texts[operand] for operand in node.operands], lookups, numbers)
         depth = 1 + max((depths[operand] for operand in node.operands), default=0)
-        is_last = i == len(expression.nodes) - 1
         if node.operands and not is_last and (uses[i] > 1 or depth > 8):
-            lines.append(f"t{len(lines)} = {text}")
+            lines.append(f"t{len(lines)} = {_bare(text)}")
             text, depth = f"t{len(lines) - 1}", 0
         texts.append(text)
         depths.append(depth)
-    return "\n".join([*lines, texts[-1]])
+    return "\n".join([*lines, _bare(texts[-1])])
 
 
 def write_node(

@@ -9,7 +9,8 @@ globals, defaults, in tuples, lists and dicts there, and in functions that it re
 the user's own object; an array reached through it works as long as no symbol indexes it, and is refused then.
 
 A function is traced for every call, which takes some tenths of a millisecond: it may depend on whatever it likes, and
-its arrays and numbers are those of the call.  What is slow, rendering and compiling, goes by the expression's structure.
+its arrays and numbers are those of the call.  What is slow, rendering and compiling, goes by the structure of the
+expression.
 
 Only what is named in this file gets into an expression, so no text, no name and no object of the user does.
 """
@@ -20,6 +21,7 @@ import functools
 import linecache
 import operator
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
@@ -145,9 +147,7 @@ def trace_mask_mod(function: Callable[..., Any]) -> Trace:
         it does not return a bool.
     """
     tracer = _Tracer("mask_mod", "float64")
-    result = tracer.symbol(
-        tracer.call(function, [tracer.leaf(name, "int64") for name in COORDINATES]), returned=True
-    )
+    result = tracer.symbol(tracer.call(function, [tracer.leaf(name, "int64") for name in COORDINATES]), returned=True)
     if result.dtype != bool:
         raise TypeError(f"mask_mod must return a bool array, but returned dtype {result.dtype}")
     return tracer.finish(result)
@@ -179,7 +179,7 @@ def check_bounds(trace: Trace, lengths: Sequence[int]) -> None:
         for axis, operand in enumerate(node.operands):
             size = trace.arrays[node.value].shape[axis]
             bound = bounds[operand]
-            if bound is not None and bound not in Range(-size, size - 1):
+            if bound is not None and not Range(-size, size - 1).covers(bound):
                 text = _describe(expression, operand, trace.names, trace.numbers)
                 raise TraceError(
                     f"index {text} of axis {axis} of {trace.names[node.value]} is known to lie in {bound.low} … "
@@ -201,7 +201,7 @@ def _describe(expression: Expression, index: int, names: Sequence[str], numbers:
 # ------------------------------------------------------------------------------------------------------------
 
 
-class _Symbol(NDArrayOperatorsMixin):  # type: ignore[misc]
+class _Symbol(NDArrayOperatorsMixin):
     """A number that a kernel will compute."""
 
     __slots__ = ("_index", "_tracer", "dtype")
@@ -277,11 +277,13 @@ class _Symbol(NDArrayOperatorsMixin):  # type: ignore[misc]
 
 
 _READ_ATTRIBUTES = ("shape", "size", "ndim", "dtype", "itemsize", "nbytes")
-_METHODS = ("astype", "reshape", "ravel", "transpose", "swapaxes", "copy", "squeeze", "item", "tolist")
-_METHODS += ("sum", "min", "max", "mean", "any", "all")
+_METHODS = (
+    *("astype", "reshape", "ravel", "transpose", "swapaxes", "copy", "squeeze", "item", "tolist"),
+    *("sum", "min", "max", "mean", "any", "all"),
+)
 
 
-class _Array(NDArrayOperatorsMixin):  # type: ignore[misc]
+class _Array(NDArrayOperatorsMixin):
     """An array of the user's.  What no symbol has a part in is computed at once."""
 
     __slots__ = ("_name", "_tracer", "_values")
@@ -411,6 +413,8 @@ class _Tracer:
     def call(self, function: Any, arguments: Sequence[_Symbol]) -> Any:
         """The function's result on symbols."""
         try:
+            if not isinstance(function, FunctionType | MethodType | functools.partial):
+                function = getattr(function, "__call__", function)  # noqa: B004 - the method that it is called by
             traced = self.wrap(function, "function")
             if not isinstance(traced, FunctionType | MethodType | functools.partial):
                 self.refuse(
@@ -423,9 +427,10 @@ class _Tracer:
             raise self._failure or error from None
         except RecursionError as error:
             raise TraceError(f"{self.argument} can't be traced: it recurses without end", *_user_line(error)) from error
-        except Exception as error:  # noqa: BLE001 - it is the user's code
+        except Exception as error:
             failure = self._failure or TraceError(
-                f"{self.argument} can't be traced: it raised {_word(type(error).__name__)}: {error}", *_user_line(error)
+                f"{self.argument} can't be traced: it raised {traceback.format_exception_only(error)[-1].strip()}",
+                *_user_line(error),
             )
             raise failure from error
         if self._failure is not None:
@@ -508,7 +513,7 @@ class _Tracer:
                 f"{self.describe(symbol)} would be rounded to {dtype}; in kernels 16-bit floats are read and compared, "
                 "and computed with in float32"
             )
-        if source.op == "const" and dtype != "bool" and _dtype(dtype).kind in "iu" and 0 <= source.value:
+        if source.op == "const" and dtype != "bool" and _dtype(dtype).kind in "iu" and source.value >= 0:
             return self.node("const", dtype, value=int(source.value))
         return self.node("cast", dtype, (symbol._index,))
 
@@ -552,7 +557,9 @@ class _Tracer:
             return self.constant(value, name)
         if _is_array(value):
             return self.operand(_Array(self, value, "an array"))
-        self.refuse(f"it computes with a {_word(type(value).__name__)}; expected numbers, coordinates and looked-up values")
+        self.refuse(
+            f"it computes with a {_word(type(value).__name__)}; expected numbers, coordinates and looked-up values"
+        )
 
     def symbol(self, value: Any, *, returned: bool = False) -> _Symbol:
         """An operand that has no neighbour."""
@@ -589,9 +596,9 @@ class _Tracer:
         symbols = [x for x in operands if isinstance(x, _Symbol)]
         if not symbols:
             operands = [self.symbol(x) for x in operands]
-        if name == "power" and isinstance(operands[1], int) and isinstance(operands[0], _Symbol):
-            if operands[0].dtype.kind in "iu":
-                return self.integer_power(operands[0], operands[1])
+        base, exponent = operands[0], operands[-1]
+        if name == "power" and isinstance(exponent, int) and isinstance(base, _Symbol) and base.dtype.kind in "iu":
+            return self.integer_power(base, exponent)
         types = [x.dtype if isinstance(x, _Symbol) else type(x) for x in operands]
         try:
             *loop, out = ufunc.resolve_dtypes((*types, None))
@@ -599,7 +606,9 @@ class _Tracer:
             self.refuse(f"np.{name} has no loop for {', '.join(str(x) for x in types)}: {error}")
         if name in _COMPARISONS and any(isinstance(x, int) for x in operands):
             # NumPy compares with any Python integer, whatever the neighbour's dtype holds.
-            loop = [np.dtype(np.int64) if _too_large(x, loop[0]) else dtype for x, dtype in zip(operands, loop, strict=True)]
+            loop = [
+                np.dtype(np.int64) if _too_large(x, loop[0]) else dtype for x, dtype in zip(operands, loop, strict=True)
+            ]
             if loop[0] != loop[1]:
                 loop = [np.dtype(np.int64)] * 2
                 if any(isinstance(x, _Symbol) and x.dtype == np.uint64 for x in operands):
@@ -608,7 +617,7 @@ class _Tracer:
         result = self.computed(out)
         if name not in ("logical_and", "logical_or", "logical_xor", "logical_not") and len(set(names)) > 1:
             self.refuse(f"np.{name} of {' and '.join(names)} is ambiguous; use .astype")
-        if not set(names + [result]).isdisjoint(_HALVES) and name not in _EXACT:
+        if not {*names, result}.isdisjoint(_HALVES) and name not in _EXACT:
             self.refuse(
                 f"np.{name} would round to a 16-bit float; read with .astype(np.float32), for example "
                 "bias.astype(np.float32)[h] or bias[h].astype(np.float32)"
@@ -624,7 +633,7 @@ class _Tracer:
             return converted[0]
         if name.startswith("logical"):
             converted = [self.cast(x, "bool") for x in converted]
-        if name in ("power", "reciprocal", "fmod") and out.kind in "iu" and name != "fmod":
+        if name in ("power", "reciprocal") and out.kind in "iu":
             self.refuse(f"np.{name} of integers needs a constant exponent of at least 0; use .astype(np.float32)")
         return self.node(name, result, tuple(x._index for x in converted))
 
@@ -732,8 +741,6 @@ class _Tracer:
         if array.dtype not in _DTYPES:
             self.refuse(f"{array._name} has dtype {_word(array.dtype.name)}, which kernels can't read")
         values = array._values
-        if values.dtype == np.float64 and self.accumulator == "float32":
-            pass  # it is read as it is and rounded once
         address = values.__array_interface__["data"][0] if isinstance(values, np.ndarray) else values.data.ptr
         identity = (address, values.shape, values.strides, values.dtype)
         if identity not in self._slots:
@@ -787,9 +794,7 @@ class _Tracer:
             return MethodType(self.wrap(value.__func__, name), value.__self__)
         if kind is functools.partial:
             options = {key: self.wrap(x, key) for key, x in value.keywords.items()}
-            return functools.partial(
-                self.wrap(value.func, name), *(self.wrap(x, name) for x in value.args), **options
-            )
+            return functools.partial(self.wrap(value.func, name), *(self.wrap(x, name) for x in value.args), **options)
         if kind is ModuleType and value.__name__ in ("numpy", "cupy"):
             return _Numpy(self, value)
         if isinstance(value, type) and issubclass(value, np.generic):
