@@ -177,7 +177,8 @@ def _statement(
             return _cast(operands[0], operand_types[0], mine)
         return _wrapped(operands[0], operand_types[0], node.dtype, mine)
     if op == "where":
-        return f"{operands[0]} ? {_cast(operands[1], operand_types[1], mine)} : {_cast(operands[2], operand_types[2], mine)}"
+        x, y = (_cast(*operand, mine) for operand in list(zip(operands, operand_types, strict=True))[1:])
+        return f"{operands[0]} ? {x} : {y}"
     if operand_dtype == "bool" and node.dtype == "bool":
         if op in _LOGIC:
             return f"{operands[0]} {_LOGIC[op]} {operands[1]}"

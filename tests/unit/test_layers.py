@@ -57,6 +57,7 @@ ORDER = [
     "backends.emulated",
     "backends.cuda",
     "backends.registry",
+    "mods",
     "merge",
     "flops",
     "formulas",
