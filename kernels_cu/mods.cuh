@@ -203,15 +203,19 @@ template <class T>
 __device__ __forceinline__ T invert(T a) {
   return ~a;
 }
-// By kBits, the width of NumPy's dtype, or more, or by a negative number: all bits leave.
+// By kBits, the width of NumPy's dtype, or more, or by a negative number: all bits leave. T may be narrower than that,
+// and then holds the result, so all bits leave it sooner.
+template <int kBits, class T>
+constexpr T kShiftEnd = static_cast<T>(kBits < 8 * sizeof(T) ? kBits : 8 * sizeof(T));
+
 template <int kBits, class T>
 __device__ __forceinline__ T left_shift(T a, T b) {
-  if (b < 0 || b >= static_cast<T>(kBits)) return 0;
+  if (b < 0 || b >= kShiftEnd<kBits, T>) return 0;
   return static_cast<T>(static_cast<modular<T>>(a) << static_cast<int>(b));
 }
 template <int kBits, class T>
 __device__ __forceinline__ T right_shift(T a, T b) {
-  if (b < 0 || b >= static_cast<T>(kBits)) return a < 0 ? static_cast<T>(-1) : 0;
+  if (b < 0 || b >= kShiftEnd<kBits, T>) return a < 0 ? static_cast<T>(-1) : 0;
   return a >> static_cast<int>(b);
 }
 

@@ -242,14 +242,16 @@ class _Symbol(NDArrayOperatorsMixin):
     def _is_no_number(self, *args: Any) -> NoReturn:
         self._refuse("would have to be a Python number while tracing; use NumPy's functions, and .astype to convert")
 
-    __int__ = __float__ = __complex__ = __index__ = __round__ = __floor__ = __ceil__ = __trunc__ = _is_no_number
+    __int__ = __float__ = __complex__ = __round__ = __floor__ = __ceil__ = __trunc__ = _is_no_number
 
     def __array__(self, *args: Any, **options: Any) -> NoReturn:
         self._refuse(
-            "meets NumPy where it can't be followed. To index an array by it, let the array be a variable of the "
-            "function's closure or module, not an attribute (`slopes = self.slopes` outside of the function); "
-            "to convert it, write .astype(dtype)"
+            "is used as an index or an array where it can't be followed. To index an array by it, let the array be a "
+            "variable of the function's closure or module, not an attribute or made inside (`slopes = self.slopes` "
+            "outside of the function); to convert it, write .astype(dtype)"
         )
+
+    __index__ = __array__
 
     def _has_no_items(self, *args: Any) -> NoReturn:
         self._refuse("is one number for the kernel: it has no items, no length and no shape")

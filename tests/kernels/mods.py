@@ -65,11 +65,14 @@ def _module(score: Expression | None, mask: Expression | None, real: str) -> Mod
 def apply(score: Trace | None, mask: Trace | None, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The modded scores and the mask, from the kernel under the emulator; `scores` is (B, H, L, S)."""
     real = {"float32": "float", "float64": "double"}[scores.dtype.name]
+    # An access beyond an array is reported: the arrays end where memory does.
+    copies: dict[int, np.ndarray] = {}
+
+    def address(array: np.ndarray) -> int:
+        return copies.setdefault(id(array), guarded(array)).ctypes.data
+
+    packed = pack_mods(score, mask, scores.shape, address)
     module = _module(score and score.expression, mask and mask.expression, real)
-    # An access outside of an array is reported: the arrays end, and begin, where memory does.
-    copies = [guarded(array) for trace in (score, mask) if trace for array in trace.arrays]
-    given = iter(copies)
-    packed = pack_mods(score, mask, scores.shape, lambda array: next(given).ctypes.data)
     source = guarded_copy(scores, "scores")
     results, kept = guarded_array(scores.shape, scores.dtype, "results"), guarded_array(scores.shape, np.uint32, "kept")
     shape = np.array(scores.shape, np.int32).view(_SHAPE)[0]
