@@ -551,7 +551,7 @@ class _Tracer:
             return value
         if isinstance(value, int | float) and not isinstance(value, bool | np.generic):
             # A subclass: the number that it is, whatever its methods say.
-            return int.__add__(value, 0) if isinstance(value, int) else float.__add__(value, 0.0)
+            return int.__add__(value, 0) if isinstance(value, int) else float.__pos__(value)
         if type(value) is bool:
             return self.constant(value, "bool")
         if isinstance(value, np.generic) and value.dtype in _DTYPES:
@@ -726,7 +726,8 @@ class _Tracer:
                 indices.append(index._index)
                 chosen.append(slice(None))
             elif isinstance(index, int | np.integer) and not isinstance(index, bool):
-                size, fixed = array.shape[axis], int.__add__(int(index), 0)
+                size = array.shape[axis]
+                fixed = int.__add__(index, 0) if isinstance(index, int) else int(index)
                 if not -size <= fixed < size:
                     self.refuse(f"index {fixed} is out of bounds for axis {axis} of {array._name} with size {size}")
                 chosen.append(fixed)

@@ -467,7 +467,7 @@ integers = st.recursive(
         st.tuples(inner, st.integers(0, 9)).map(lambda t: lambda at: t[0](at) << t[1]),
         st.tuples(inner, st.integers(0, 70)).map(lambda t: lambda at: t[0](at) >> t[1]),
         _where(inner, inner),
-        inner.map(lambda f: lambda at: INTEGERS[1, np.clip(f(at), -5, 4)]),
+        inner.map(lambda f: lambda at: INTEGERS[1, np.clip(f(at).astype(np.int64), -5, 4)]),
     ),
     max_leaves=12,
 )
@@ -490,7 +490,7 @@ reals = st.recursive(
 )
 
 quick = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 
 
