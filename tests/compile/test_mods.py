@@ -8,14 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 
+import cupyflash
 from cupyflash import mods
 from cupyflash.build.cache import Cache
-from cupyflash.build.nvrtc import Resources, compile_cubin
+from cupyflash.build.nvrtc import Resources, compile_cubin, nvrtc_version
 from cupyflash.problem.trace import trace_mask_mod, trace_score_mod
 from tests.compile.test_specs import ARCHITECTURES
+from tests.conftest import Require
 from tests.kernels.mods import source_with
 
-pytestmark = pytest.mark.usefixtures("nvrtc")
+
+@pytest.fixture(autouse=True)
+def nvrtc(require: Require) -> None:
+    try:
+        require("nvrtc", nvrtc_version(), "")
+    except cupyflash.Unsupported as error:
+        require("nvrtc", None, str(error))
+
 
 SLOPES = np.ones(8, np.float32)
 SCORES = {
@@ -67,32 +76,14 @@ def test_the_gallery_in_registers(arch: str, tmp_path: Path) -> None:
 
 def test_products_are_not_fused(tmp_path: Path) -> None:
     opcodes = resources(mods.alibi(SLOPES), None, "float", "sm_90", tmp_path).opcodes
-    assert opcodes["FMUL"] == 1
-    assert opcodes["FADD"] == 1
-    assert opcodes["FFMA"] == 0
+    assert opcodes.get("FMUL") == 1
+    assert opcodes.get("FADD") == 1
+    assert opcodes.get("FFMA", 0) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*SCORES, *MASKS])
-def test_cost_of_one_score(name: str, tmp_path: Path) -> None:
-    """Instructions beyond those of the kernel that applies nothing, in 32-bit arithmetic but for addresses."""
-    plain = resources(None, None, "float", "sm_90", tmp_path).opcodes
+def test_no_function_of_the_gallery_needs_double_precision(name: str, tmp_path: Path) -> None:
+    """Which is slow on most GPUs."""
     opcodes = resources(SCORES.get(name), MASKS.get(name), "float", "sm_90", tmp_path).opcodes
-    cost = sum(opcodes.values()) - sum(plain.values())
-    print(name, cost, {op: n - plain[op] for op, n in opcodes.items() if n != plain[op]})
-    assert not any(op.startswith(("DMUL", "DADD", "DFMA")) for op in opcodes)
-    assert cost <= COSTS[name]
-
-
-#: Instructions for one score that stands alone, at most; in a tile, what does not depend on both coordinates is shared.
-COSTS = {
-    "alibi": 0,
-    "relative_position_bias": 0,
-    "distance_decay": 0,
-    "tanh_softcap": 0,
-    "soft_clipping": 0,
-    "document_mask": 0,
-    "prefix_lm": 0,
-    "sliding_window": 0,
-    "dilated_window": 0,
-}
+    assert not {"DMUL", "DADD", "DFMA"} & opcodes.keys()

@@ -32,7 +32,7 @@ extern "C" __global__ void apply_mods(const __grid_constant__ ModArgs args, cons
   if constexpr (sizeof(Real) == 4) {
     if (inside) score = isa::bits_float(isa::ldg_4(source));
   } else {
-    if (inside) score = isa::bits_double(mods::word_pair(isa::ldg_8(source)));
+    if (inside) score = isa::bits_double(isa::ldg_8(source));
   }
   const Real result = ScoreMod::apply(score, at, args);
   const bool keep = MaskMod::apply(at, args);
@@ -40,9 +40,7 @@ extern "C" __global__ void apply_mods(const __grid_constant__ ModArgs args, cons
     if constexpr (sizeof(Real) == 4) {
       isa::stg_4(static_cast<Real*>(results) + place, isa::float_bits(result));
     } else {
-      u32 words[2];
-      __builtin_memcpy(words, &result, 8);
-      isa::stg_8(static_cast<Real*>(results) + place, uint2{words[0], words[1]});
+      isa::stg_8(static_cast<Real*>(results) + place, isa::double_bits(result));
     }
     isa::stg_4(kept + place, static_cast<u32>(keep));
   }

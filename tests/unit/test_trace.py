@@ -123,14 +123,14 @@ def test_shared_values_are_computed_once() -> None:
 
 def test_deep_expressions_do_not_recurse() -> None:
     def function(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        for i in range(2000):
-            score = -score + (q_idx & i)
+        for i in range(3000):
+            score = -score + (q_idx & i % 16)
         return score
 
     with pytest.raises(TraceError, match=f"more than {MAX_NODES} values"):
         trace_score_mod(function)
     function.__code__ = function.__code__.replace(
-        co_consts=tuple(600 if constant == 2000 else constant for constant in function.__code__.co_consts)
+        co_consts=tuple(1500 if constant == 3000 else constant for constant in function.__code__.co_consts)
     )
     check_bounds(trace_score_mod(function), (1, 1, 5, 5))
     assert render_mods(trace_score_mod(function).expression, None)
