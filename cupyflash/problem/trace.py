@@ -66,6 +66,9 @@ _EXACT = {
 }
 _UFUNCS: dict[Any, str] = {getattr(np, name): name for name in OPERATORS} | {np.positive: "positive", np.fabs: "fabs"}
 _COMPARISONS = {"less", "less_equal", "greater", "greater_equal", "equal", "not_equal"}
+# CuPy's functions take no symbols.  NumPy's of the same name do, and hand CuPy's arrays to CuPy.
+_CUPY_NAMES = {ufunc.__name__ for ufunc in _UFUNCS} | {"abs", "where", "clip", "round", "around"}
+_CUPY_NAMES |= {"zeros_like", "ones_like", "full_like"}
 # On integers they return what they get.
 _ROUNDINGS = {"floor", "ceil", "trunc", "rint"}
 
@@ -383,13 +386,16 @@ class _Cast:
 
 
 class _Numpy:
-    """The module numpy or cupy, with scalar types that convert symbols.  CuPy's functions become NumPy's."""
+    """The module numpy or cupy, with what symbols can take in place of the scalar types and of CuPy's functions."""
 
     def __init__(self, tracer: _Tracer, module: ModuleType) -> None:
         self._tracer, self._module = tracer, module
 
     def __getattr__(self, name: str) -> Any:
-        return self._tracer.wrap(getattr(self._module, name), name)
+        value = getattr(self._module, name)
+        if self._module.__name__ == "cupy" and name in _CUPY_NAMES:
+            return getattr(np, name)
+        return self._tracer.wrap(value, name)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -803,8 +809,8 @@ class _Tracer:
         if isinstance(value, type) and issubclass(value, np.generic):
             return _Cast(self, value)
         if _top_module(kind) == "cupy" or (callable(value) and _top_module(value) == "cupy"):
-            # CuPy's functions take no symbols; NumPy's of the same name do, and know what CuPy's arrays are.
-            return getattr(np, str(getattr(value, "__name__", "")), value)
+            known = getattr(value, "__name__", "")
+            return getattr(np, known) if known in _CUPY_NAMES else value
         return value
 
     def _copy(self, function: FunctionType) -> FunctionType:

@@ -7,6 +7,7 @@ import functools
 import gc
 import math
 import re
+import sys
 import threading
 import types
 import weakref
@@ -19,6 +20,7 @@ import cupyflash
 from cupyflash import mods, trace_mod
 from cupyflash.build.functor import mods_dtype, pack_mods, render_mods
 from cupyflash.problem.trace import MAX_NODES, Trace, TraceError, check_bounds, trace_mask_mod, trace_score_mod
+from tests import cupy_stand_in
 
 SLOPES = np.array([1.0, 0.5, 0.25], np.float32)
 TABLES = {"slopes": SLOPES, "deep": [(SLOPES,)]}
@@ -98,6 +100,25 @@ def test_whole_arrays_may_be_prepared_and_asked() -> None:
 
     (array,) = trace_score_mod(function).arrays
     np.testing.assert_array_equal(array, [1, 1, -0.25])
+
+
+def test_functions_and_arrays_of_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy = cupy_stand_in.make_module()
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    slopes = cupy_stand_in.Array(SLOPES.copy())
+
+    def function(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        weaker = cupy.exp(slopes)
+        return cupy.where(kv_idx <= q_idx, score + slopes[h] + weaker[h], -cupy.inf)
+
+    trace = trace_score_mod(function)
+    same = trace_score_mod(lambda s, b, h, q, kv: np.where(kv <= q, s + SLOPES[h] + np.exp(SLOPES)[h], -np.inf))
+    assert trace.expression == same.expression
+    assert all(isinstance(array, cupy.ndarray) for array in trace.arrays)
+    packed = pack_mods(trace, None, (1, 3, 4, 4), lambda array: array.data.ptr)
+    assert packed.args["score"]["a0"]["data"] == slopes.data.ptr
+    with pytest.raises(TraceError, match="whole CuPy array"):
+        trace_score_mod(lambda s, b, h, q, kv: s + cupy.where(slopes > 0, slopes, 0)[h])
 
 
 def test_recursion_that_ends_is_followed() -> None:
