@@ -1,9 +1,9 @@
 """Scaled-dot-product attention for NumPy and CuPy arrays.
 
 `attention` is the library, and `explain` says what it would do.  `attention_weights`, `merge_attention`, `dropout_mask`
-and `flops` go with it, `mods` is a gallery of score and mask functions, `trace_mod` shows one as a kernel would have it,
-`formulas` derives the algorithm step by step, and `register_backend` adds implementations.  `cupyflash.testing` has what
-its tests compare with.
+and `flops` go with it; `mods` is a gallery of score and mask functions, and `trace_mod` shows one as C++.  `formulas`
+derives the algorithm step by step, and `register_backend` adds implementations.  `cupyflash.testing` has what its tests
+compare with.
 """
 
 from __future__ import annotations

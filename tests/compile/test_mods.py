@@ -1,4 +1,4 @@
-"""Traced functions compiled for every architecture, and what one score costs: no GPU needed, NVRTC is."""
+"""Traced functions compiled for every architecture: no GPU needed, NVRTC is."""
 
 from __future__ import annotations
 
@@ -8,24 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-import cupyflash
 from cupyflash import mods
 from cupyflash.build.cache import Cache
-from cupyflash.build.nvrtc import Resources, compile_cubin, nvrtc_version
+from cupyflash.build.nvrtc import Resources, compile_cubin
+from cupyflash.plan.device import DEVICES
 from cupyflash.problem.trace import trace_mask_mod, trace_score_mod
-from tests.compile.test_specs import ARCHITECTURES
-from tests.conftest import Require
 from tests.kernels.mods import source_with
 
+pytestmark = pytest.mark.usefixtures("nvrtc")
 
-@pytest.fixture(autouse=True)
-def nvrtc(require: Require) -> None:
-    try:
-        require("nvrtc", nvrtc_version(), "")
-    except cupyflash.Unsupported as error:
-        require("nvrtc", None, str(error))
-
-
+ARCHITECTURES = sorted({device.arch for device in DEVICES.values()})
 SLOPES = np.ones(8, np.float32)
 SCORES = {
     "alibi": mods.alibi(SLOPES),
