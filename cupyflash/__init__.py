@@ -1,15 +1,17 @@
 """Scaled-dot-product attention for NumPy and CuPy arrays.
 
 `attention` is the library, and `explain` says what it would do.  `attention_weights`, `merge_attention`, `dropout_mask`
-and `flops` go with it, `formulas` derives its algorithm step by step, and `register_backend` adds implementations.
-`cupyflash.testing` has what its tests compare with.
+and `flops` go with it; `mods` is a gallery of score and mask functions, and `trace_mod` shows one as C++.  `formulas`
+derives the algorithm step by step, and `register_backend` adds implementations.  `cupyflash.testing` has what its tests
+compare with.
 """
 
 from __future__ import annotations
 
-from . import formulas
+from . import formulas, mods
 from .api import attention, attention_weights
 from .backends.registry import backends, register_backend
+from .build.functor import trace_mod
 from .errors import CupyflashError, Unsupported
 from .explain import explain
 from .flops import flops
@@ -29,5 +31,7 @@ __all__ = [
     "flops",
     "formulas",
     "merge_attention",
+    "mods",
     "register_backend",
+    "trace_mod",
 ]

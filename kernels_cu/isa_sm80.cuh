@@ -37,6 +37,18 @@ __device__ __forceinline__ int grid_size_z() { return static_cast<int>(gridDim.z
 __device__ __forceinline__ u32 float_bits(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ float bits_float(u32 bits) { return __uint_as_float(bits); }
 
+// a * b, rounded. Compilers may fuse a plain product into an addition that follows and round once; not these.
+__device__ __forceinline__ float mul_rn(float a, float b) {
+  float result;
+  asm("mul.rn.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+__device__ __forceinline__ double mul_rn(double a, double b) {
+  double result;
+  asm("mul.rn.f64 %0, %1, %2;" : "=d"(result) : "d"(a), "d"(b));
+  return result;
+}
+
 // A double is two words, the lower one in x.
 __device__ __forceinline__ uint2 double_bits(double value) {
   return {static_cast<u32>(__double2loint(value)), static_cast<u32>(__double2hiint(value))};

@@ -54,6 +54,9 @@ inline double bits_double(uint2 bits) {
   std::memcpy(&value, &whole, sizeof value);
   return value;
 }
+// Kernels are compiled with -ffp-contract=off.
+inline float mul_rn(float a, float b) { return a * b; }
+inline double mul_rn(double a, double b) { return a * b; }
 inline float ex2(float x) { return emulator::ex2_approx_ftz(x); }
 inline u32 pack_f16x2(float lower, float upper) {
   return emulator::f16_from_float(lower) | static_cast<u32>(emulator::f16_from_float(upper)) << 16;

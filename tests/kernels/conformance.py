@@ -208,6 +208,13 @@ def _unpack() -> Probe:
     )
 
 
+def _multiply_add(rng: np.random.Generator) -> Probe:
+    a, b, c = rng.standard_normal((3, LANES)).astype(np.float32)
+    c[: LANES // 2] = -(a * b)[: LANES // 2]
+    words = np.stack([a, b, c], axis=1).view(np.uint32)
+    return Probe("probes.cu", "probe_multiply_add", {"in": words}, {"out": _blank(LANES, 1)})
+
+
 def _mma(rng: np.random.Generator) -> dict[str, Probe]:
     probes = {}
     for name, dtype in (("f16", np.dtype(np.float16)), ("bf16", np.dtype(ml_dtypes.bfloat16))):
@@ -310,6 +317,7 @@ def make_probes() -> dict[str, Probe]:
         ),
         # The last byte, or half, of a lane's output is not written.
         "halves": Probe("probes.cu", "probe_halves", {"in": _any_word(rng, LANES, 2)}, {"out": _blank(LANES, 2)}),
+        "multiply_add": _multiply_add(rng),
         "atomics": _atomics(rng),
         "cp_async": Probe(
             "probes.cu",

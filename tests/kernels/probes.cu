@@ -98,6 +98,12 @@ extern "C" __global__ void probe_halves(const u32* in, u32* out) {
   for (int i = 0; i < 3; ++i) isa::stg_2(destination + i, isa::ldg_2(source + i) | 0xabcd0000u);
 }
 
+// in: three floats. out: a b + c, rounded after the product and after the sum.
+extern "C" __global__ void probe_multiply_add(const u32* in, u32* out) {
+  const u32* mine = operands(in, 3);
+  store_float(results(out, 1), isa::mul_rn(load_float(mine), load_float(mine + 1)) + load_float(mine + 2));
+}
+
 // totals: u32 sum, float sum, u32 maximum, float maximum. out: each lane's previous value of the first.
 extern "C" __global__ void probe_atomics(const u32* in, u32* totals, u32* out) {
   const u32 integer = isa::ldg_4(operands(in, 2));

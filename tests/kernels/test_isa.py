@@ -152,6 +152,14 @@ def test_halves(rng):
     assert (out[:, 3] == 0xFFFF).all()
 
 
+def test_multiply_add(rng):
+    a, b, c = rng.standard_normal((3, LANES)).astype(np.float32)
+    c[: LANES // 2] = -(a * b)[: LANES // 2]  # a fused operation would leave the product's rounding error
+    out = run("probes.cu", "probe_multiply_add", words(a, b, c), out=(LANES, 1)).view(np.float32)
+    np.testing.assert_array_equal(out[:, 0], a * b + c)
+    assert (out[: LANES // 2] == 0).all()
+
+
 def test_atomics(rng):
     integers = rng.integers(0, 1000, LANES).astype(np.uint32)
     numbers = (-1 - rng.integers(0, 100, LANES)).astype(np.float32)

@@ -91,6 +91,12 @@ WRAPPERS = {
         "out[0] = isa::shuffle_down(x, n);",
         "shfl.sync.down.b32 out[0], x, n, 0x1f, 0xffffffff;",
     ),
+    "mul_rn float": ("float x, float y", "out[0] = __float_as_uint(isa::mul_rn(x, y));", "mul.rn.f32 out[0], x, y;"),
+    "mul_rn double": (
+        "double x, double y",
+        "*reinterpret_cast<double*>(out) = isa::mul_rn(x, y);",
+        "mul.rn.f64 out[0], x, y;",
+    ),
     "ldg_1": ("const u32* p", "out[0] = isa::ldg_1(p);", "ld.global.u8 out[0], [p];"),
     "ldg_2": ("const u32* p", "out[0] = isa::ldg_2(p);", "ld.global.u16 out[0], [p];"),
     "ldg_4": ("const u32* p", "out[0] = isa::ldg_4(p);", "ld.global.u32 out[0], [p];"),

@@ -1,0 +1,81 @@
+"""Traced functions compiled for every architecture: no GPU needed, NVRTC is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cupyflash import mods
+from cupyflash.build.cache import Cache
+from cupyflash.build.nvrtc import Resources, compile_cubin
+from cupyflash.plan.device import DEVICES
+from cupyflash.problem.trace import trace_mask_mod, trace_score_mod
+from tests.kernels.mods import source_with
+
+pytestmark = pytest.mark.usefixtures("nvrtc")
+
+ARCHITECTURES = sorted({device.arch for device in DEVICES.values()})
+SLOPES = np.ones(8, np.float32)
+SCORES = {
+    "alibi": mods.alibi(SLOPES),
+    "relative_position_bias": mods.relative_position_bias(np.ones((8, 65), np.float32)),
+    "distance_decay": mods.distance_decay(SLOPES),
+    "tanh_softcap": mods.tanh_softcap(30.0),
+    "soft_clipping": mods.soft_clipping(30.0),
+}
+MASKS = {
+    "document_mask": mods.document_mask(np.zeros(64, np.int32)),
+    "prefix_lm": mods.prefix_lm(100),
+    "sliding_window": mods.sliding_window(128),
+    "dilated_window": mods.dilated_window(8, 4),
+}
+
+
+def resources(score: Any, mask: Any, real: str, arch: str, folder: Path) -> Resources:
+    dtype = {"float": np.float32, "double": np.float64}[real]
+    score = trace_score_mod(score, dtype).expression if score else None
+    mask = trace_mask_mod(mask).expression if mask else None
+    binary = compile_cubin(source_with(score, mask, real), arch, Cache(folder))
+    assert binary.notices == ()
+    return binary.resources["apply_mods"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_gallery_in_registers(arch: str, tmp_path: Path) -> None:
+    """All of it in one kernel, each function for another head."""
+
+    def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        result = score
+        for i, function in enumerate(gallery):
+            result = np.where(h == i, function(score, b, h, q_idx, kv_idx), result)
+        return result
+
+    def mask_mod(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        result = b == 0
+        for function in masks:
+            result = result & function(b, h, q_idx, kv_idx)
+        return result
+
+    gallery, masks = tuple(SCORES.values()), tuple(MASKS.values())
+    for real in ("float", "double"):
+        found = resources(score_mod, mask_mod, real, arch, tmp_path)
+        assert found.stack_bytes == found.spill_stores == found.spill_loads == 0
+
+
+def test_products_are_not_fused(tmp_path: Path) -> None:
+    opcodes = resources(mods.alibi(SLOPES), None, "float", "sm_90", tmp_path).opcodes
+    assert opcodes.get("FMUL") == 1
+    assert opcodes.get("FADD") == 1
+    assert opcodes.get("FFMA", 0) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*SCORES, *MASKS])
+def test_no_function_of_the_gallery_needs_double_precision(name: str, tmp_path: Path) -> None:
+    """Which is slow on most GPUs."""
+    opcodes = resources(SCORES.get(name), MASKS.get(name), "float", "sm_90", tmp_path).opcodes
+    assert not {"DMUL", "DADD", "DFMA"} & opcodes.keys()
