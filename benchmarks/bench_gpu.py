@@ -32,7 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from fnmatch import fnmatch
 from pathlib import Path
@@ -55,6 +55,7 @@ WARM_SECONDS = 0.3
 SAMPLE_SECONDS = 0.02
 ROUNDS = 9
 CHECKED_ROWS = 4  # at each end of the first and the last head
+OURS = ("cupyflash", "plain")  # the second: without the feature that is measured
 BACKENDS = {"cudnn": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
 CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
@@ -69,6 +70,8 @@ class Case:
         Query heads and key-value heads.
     reads_once : bool
         Whether memory is what it waits for, so that the operands have to rotate.
+    feature : str
+        A key of `FEATURES`: then it is compared with our own call without it.
     """
 
     batch: int
@@ -79,6 +82,7 @@ class Case:
     is_causal: bool = False
     dtype: str = "bfloat16"
     reads_once: bool = False
+    feature: str = ""
 
     @property
     def name(self) -> str:
@@ -86,7 +90,8 @@ class Case:
         length = f"{self.seqlen_q}" if self.seqlen_q == self.seqlen_k else f"{self.seqlen_q}x{self.seqlen_k}"
         grouped = "" if self.heads[0] == self.heads[1] else f" {self.heads[0]}/{self.heads[1]} heads"
         dtype = "" if self.dtype == "bfloat16" else f" {self.dtype}"
-        return f"d{self.head_dim} {'causal' if self.is_causal else 'full'} {length}{grouped}{dtype}"
+        feature = f" {self.feature}" if self.feature else ""
+        return f"d{self.head_dim} {'causal' if self.is_causal else 'full'} {length}{grouped}{dtype}{feature}"
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -111,6 +116,57 @@ class Case:
         return math.ceil(2 * l2_bytes / self.bytes) + 1 if self.reads_once else 1
 
 
+def _lengths(case: Case) -> np.ndarray:
+    """Keys of each batch entry: from all down to a quarter of them."""
+    return np.linspace(case.seqlen_k, case.seqlen_k // 4, case.batch).astype(np.int64)
+
+
+def _padding(case: Case, b: int, h: int, rows: slice) -> dict[str, Any]:
+    keep = np.arange(case.seqlen_k) < _lengths(case)[:, None, None, None]
+    return {"attn_mask": keep[b, 0] if b >= 0 else keep}
+
+
+def _checkers(case: Case, b: int, h: int, rows: slice) -> dict[str, Any]:
+    """Three quarters of the keys, and of the tiles none empty or whole."""
+    q_idx, kv_idx = np.ogrid[: case.seqlen_q, : case.seqlen_k]
+    return {"attn_mask": ((q_idx + kv_idx) % 4 != 0)[rows]}
+
+
+def _blocks(case: Case, b: int, h: int, rows: slice) -> dict[str, Any]:
+    """Documents of 512 tokens, as a bool mask: most tiles are empty, the others whole."""
+    q_idx, kv_idx = np.ogrid[: case.seqlen_q, : case.seqlen_k]
+    return {"attn_mask": (q_idx // 512 == kv_idx // 512)[rows]}
+
+
+def _bias(case: Case, b: int, h: int, rows: slice) -> dict[str, Any]:
+    bias = np.random.default_rng(0).standard_normal((case.heads[0], case.seqlen_q, case.seqlen_k), dtype=np.float32)
+    return {"attn_mask": bias[h, rows] if h >= 0 else bias}
+
+
+def _per_head(name: str, values: Callable[[int], np.ndarray]) -> Callable[[Case, int, int, slice], dict[str, Any]]:
+    def arguments(case: Case, b: int, h: int, rows: slice) -> dict[str, Any]:
+        every = values(case.heads[0]).astype(np.float32)
+        return {name: every[h : h + 1] if h >= 0 else every}
+
+    return arguments
+
+
+#: What is asked of a call beside queries, keys and values, as NumPy arrays: for all of it if b and h are -1, else for
+#: some rows of one head.
+FEATURES: dict[str, Callable[[Case, int, int, slice], dict[str, Any]]] = {
+    "padding mask": _padding,
+    "bool mask": _checkers,
+    "document mask": _blocks,
+    "float32 bias": _bias,
+    "softcap": lambda case, b, h, rows: {"softcap": 30.0},
+    "ALiBi": _per_head("alibi_slopes", lambda heads: 2.0 ** -np.linspace(1, 8, heads)),
+    "sinks": _per_head("sinks", lambda heads: np.linspace(-1, 1, heads)),
+    "dropout": lambda case, b, h, rows: {"dropout_p": 0.1, "seed": 0},
+}
+# A few rows of it are no small call of their own: a weight is dropped by its place in the whole.
+UNCHECKED = {"dropout"}
+EVERYTHING = (-1, -1, slice(None))
+
 TOKENS = 16384  # in a batch, as in FlashAttention's tables
 
 CASES = (
@@ -123,6 +179,7 @@ CASES = (
     Case(4, (16, 16), 4096, 4096, 128, dtype="float16"),
     Case(4, (32, 8), 4096, 4096, 128, is_causal=True),
     Case(32, (32, 8), 1, 8192, 128, reads_once=True),
+    *(Case(4, (16, 16), 4096, 4096, 128, feature=feature) for feature in FEATURES),
 )
 
 
@@ -162,7 +219,7 @@ def row_of(case: Case, samples: Mapping[str, list[float]], ratios: Report, refus
     medians = {name: statistics.median(taken) for name, taken in samples.items()}
     return {
         "name": case.name,
-        "section": "speed",
+        "section": "feature" if case.feature else "speed",
         "shapes": case.shapes,
         "dtype": case.dtype,
         "seconds": {name: summarize(taken) for name, taken in samples.items()},
@@ -209,6 +266,9 @@ def our_call(case: Case, sets: Sequence[tuple[Any, Any, Any]], torch: Any) -> Ca
     result = torch.empty_like(sets[0][0])
     out = cupy.from_dlpack(result)
     options: dict[str, Any] = {"is_causal": case.is_causal, "enable_gqa": case.heads[0] != case.heads[1]}
+    if case.feature:
+        asked = FEATURES[case.feature](case, *EVERYTHING)
+        options |= {name: cupy.asarray(x) if isinstance(x, np.ndarray) else x for name, x in asked.items()}
 
     def call(number: int) -> Any:
         cupyflash.attention(*arrays[number % len(arrays)], **options, out=out, backend="cuda")
@@ -230,7 +290,7 @@ def their_call(case: Case, sets: Sequence[tuple[Any, Any, Any]], torch: Any) -> 
 @contextmanager
 def as_only_backend(name: str, torch: Any) -> Iterator[None]:
     """PyTorch's SDPA with one backend; ours runs as it is."""
-    if name == "cupyflash":
+    if name in OURS:
         yield
         return
     backend = getattr(torch.nn.attention.SDPBackend, BACKENDS[name])
@@ -251,6 +311,8 @@ def check(out: Any, case: Case, operands: tuple[Any, Any, Any], torch: Any) -> N
     """
     if not bool(torch.isfinite(out).all()):
         raise AssertionError(f"{case.name}: the output has NaN or infinities")
+    if case.feature in UNCHECKED:
+        return
     group = case.heads[0] // case.heads[1]
     last = max(0, case.seqlen_q - CHECKED_ROWS)
     for b, h in {(0, 0), (case.batch - 1, case.heads[0] - 1)}:
@@ -260,6 +322,8 @@ def check(out: Any, case: Case, operands: tuple[Any, Any, Any], torch: Any) -> N
                 to_numpy(x, torch) for x in (operands[0][b, h, rows], *(x[b, h // group] for x in operands[1:]))
             )
             part = {"query": query, "key": key, "value": value, "is_causal": case.is_causal, "align": start}
+            if case.feature:
+                part |= FEATURES[case.feature](case, b, h, rows)
             assert_attention_close(to_numpy(out[b, h, rows], torch), part)
 
 
@@ -298,11 +362,13 @@ def measure(case: Case, gpu: Gpu, rounds: int, torch: Any) -> Report:
     sets = operands_of(case, case.sets(gpu.l2_bytes), torch)
     refused: dict[str, str] = {}
     samplers: dict[str, Callable[[], float]] = {}
-    for name in ("cupyflash", *BACKENDS):
-        call = (our_call if name == "cupyflash" else their_call)(case, sets, torch)
+    # What PyTorch makes of a mask or a bias is another subject; a feature's price is told by the call without it.
+    for name in OURS if case.feature else ("cupyflash", *BACKENDS):
+        computed = replace(case, feature="") if name == "plain" else case
+        call = (our_call if name in OURS else their_call)(computed, sets, torch)
         try:
             with as_only_backend(name, torch):
-                check(call(0), case, sets[0], torch)
+                check(call(0), computed, sets[0], torch)
         except (RuntimeError, AssertionError, cupyflash.errors.CupyflashError) as error:
             refused[name] = str(error).splitlines()[0] if str(error) else type(error).__name__
             continue

@@ -117,6 +117,24 @@ def test_wrong_results_are_refused(bench: ModuleType, dtype: str, is_causal: boo
         bench.check(right, case, (query, key, value), torch)
 
 
+@pytest.mark.parametrize("b_and_h", [(0, 0), (1, 3)])
+def test_a_feature_for_some_rows_is_that_for_all(bench: ModuleType, b_and_h: tuple[int, int]) -> None:
+    b, h = b_and_h
+    rng = np.random.default_rng(0)
+    for feature, arguments in bench.FEATURES.items():
+        if feature in bench.UNCHECKED:
+            continue
+        case = bench.Case(2, (4, 4), 1100, 1100, 8, feature=feature)
+        query, key, value = rng.standard_normal((3, 2, 4, 1100, 8), dtype=np.float32)
+        rows = slice(1090, 1094)
+        whole = cupyflash.attention(query, key, value, **arguments(case, *bench.EVERYTHING))
+        asked = arguments(case, b, h, rows)
+        part = cupyflash.attention(query[b, h, rows], key[b, h], value[b, h], **asked, align=rows.start)
+        np.testing.assert_allclose(whole[b, h, rows], part, rtol=1e-4, atol=1e-6, err_msg=feature)
+        plain = cupyflash.attention(query, key, value)
+        assert not np.allclose(whole, plain, rtol=1e-4, atol=1e-6), feature
+
+
 def test_backends_of_pytorch_are_chosen_alone(bench: ModuleType) -> None:
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     switches = {"cudnn": "cudnn", "flash": "flash", "efficient": "mem_efficient", "math": "math"}
