@@ -13,7 +13,7 @@ import cupyflash
 from cupyflash.backends.emulated import options_from
 from cupyflash.backends.emulator import Options
 from cupyflash.build.launch import launches, prepare
-from cupyflash.build.params import COMBINE_PARAMS, FWD_PARAMS, pack_combine, pack_forward
+from cupyflash.build.params import COMBINE_PARAMS, FWD_PARAMS, SCORE_PARAMS, pack_combine, pack_forward, pack_scores
 from cupyflash.plan.choose import choose
 from cupyflash.plan.device import EMULATOR
 from cupyflash.problem.normalize import normalize
@@ -54,13 +54,21 @@ def test_of_more_axes_those_that_lie_behind_one_another_become_one() -> None:
 
 
 def numbers_of(block: Any) -> list[Any]:
-    """Every number of a block, in the order of the fields."""
+    """What a block is packed of: every number, in the order of the fields; SCORE_PARAMS within it as bytes."""
     if isinstance(block, np.void):
-        return [number for name in block.dtype.names or () for number in numbers_of(block[name])]
+        fields = [block[name] for name in block.dtype.names or ()]
+        return [
+            number
+            for field in fields
+            for number in ([field.tobytes()] if field.dtype == SCORE_PARAMS else numbers_of(field))
+        ]
     return np.ravel(block).tolist()
 
 
-@pytest.mark.parametrize(("structure", "pack"), [(FWD_PARAMS, pack_forward), (COMBINE_PARAMS, pack_combine)])
+@pytest.mark.parametrize(
+    ("structure", "pack"),
+    [(FWD_PARAMS, pack_forward), (SCORE_PARAMS, pack_scores), (COMBINE_PARAMS, pack_combine)],
+)
 def test_a_block_has_the_bytes_that_numpy_gives_it(structure: Any, pack: Any) -> None:
     expected = np.zeros(1, structure)  # padding is zero in both
     numbers = iter(range(1, 1000))
