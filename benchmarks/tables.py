@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 Report: TypeAlias = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the kernels of the checkout around this file
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(?P<start><!-- generated: (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end: (?P=name) -->)", re.DOTALL)
 MARKER = re.compile(r"<!-- (?:generated|end): ([\w-]+) -->")
@@ -104,29 +105,35 @@ def join_machines(
 
 
 def kernel_table() -> str:
-    """For each padded head dims and architecture the families that have kernels, and for which dtypes."""
+    """For each family, its padded head dims and each architecture, the dtypes that have kernels."""
     from cupyflash.plan.specs import FwdSpec
+    from cupyflash.plan.tiles import FAMILIES
     from cupyflash.tools.kernels import ARCHITECTURES, device_of, specs_of
 
-    found: dict[tuple[int, int], dict[str, dict[str, set[str]]]] = {}
+    found: dict[tuple[str, int, int], dict[str, set[str]]] = {}
     for arch in ARCHITECTURES:
         for spec in specs_of(device_of(arch)):
             if isinstance(spec, FwdSpec):
-                row = found.setdefault((spec.head_dim, spec.head_dim_v), {})
-                row.setdefault(arch, {}).setdefault(spec.family, set()).add(spec.dtype)
+                row = found.setdefault((spec.family, spec.head_dim, spec.head_dim_v), {})
+                row.setdefault(arch, set()).add(spec.dtype)
 
-    def cell(dims: tuple[int, int], arch: str) -> str:
-        row = found[dims]
-        if arch in row:
-            return "; ".join(f"`{name}`: {', '.join(sorted(dtypes))}" for name, dtypes in row[arch].items())
-        wider = [other for other in found if arch in found[other] and other[0] >= dims[0] and other[1] >= dims[1]]
+    def cell(kernel: tuple[str, int, int], arch: str) -> str:
+        family, head_dim, head_dim_v = kernel
+        if arch in found[kernel]:
+            return ", ".join(sorted(found[kernel][arch]))
+        wider = [
+            other[1:]
+            for other in found
+            if other[0] == family and arch in found[other] and other[1] >= head_dim and other[2] >= head_dim_v
+        ]
         if wider:
             return "padded to {}, {}".format(*min(wider, key=sum))
-        return f"none, from {next(iter(row))} on"
+        return f"none, from {next(iter(found[kernel]))} on"
 
-    lines = [["E, Ev up to", *ARCHITECTURES], ["---"] * (1 + len(ARCHITECTURES))]
-    for dims in sorted(found, key=lambda dims: (dims[0] != dims[1], dims)):
-        lines.append([f"{dims[0]}, {dims[1]}", *(cell(dims, arch) for arch in ARCHITECTURES)])
+    lines = [["kernel", "E, Ev up to", *ARCHITECTURES], ["---"] * (2 + len(ARCHITECTURES))]
+    families = list(FAMILIES)
+    for kernel in sorted(found, key=lambda kernel: (families.index(kernel[0]), kernel[1] != kernel[2], kernel)):
+        lines.append([f"`{kernel[0]}`", f"{kernel[1]}, {kernel[2]}", *(cell(kernel, arch) for arch in ARCHITECTURES)])
     # Neighbours that say the same become one column.
     columns = list(zip(*lines, strict=True))
     merged: list[list[str]] = []

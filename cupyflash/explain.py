@@ -94,17 +94,17 @@ def explain(*args: Any, device: str | DeviceSpec | None = None, **kwargs: Any) -
     --------
     >>> import numpy as np
     >>> from cupyflash import explain
-    >>> query = np.zeros((1, 8, 512, 64), np.float16)
-    >>> key = np.zeros((1, 8, 512, 128), np.float16)[..., ::2]
+    >>> query = np.zeros((1, 8, 2048, 64), np.float16)
+    >>> key = np.zeros((1, 8, 2048, 128), np.float16)[..., ::2]
     >>> _ = explain(query, key, query, is_causal=True, device="H200")  # doctest: +ELLIPSIS
     cuda on H200: sm_90, 132 SMs, 227 KiB of shared memory per block
-      cupy float16 batch (1,) heads 8/8/8 L=512 S=512 E=64 Ev=64
+      cupy float16 batch (1,) heads 8/8/8 L=2048 S=2048 E=64 Ev=64
       scale=0.125, keys j with j - i <= 0
     launches
-      fwd_sm80-f16-d64-m64n64w4-causal: 64 blocks of 128 threads, 24 KiB of shared memory each
+      fwd_sm80-f16-d64-m64n64w4-causal: 256 blocks of 128 threads, 24 KiB of shared memory each
     ...
     copies
-      key: rows are not contiguous: 4 bytes between elements of 2; 512 KiB
+      key: rows are not contiguous: 4 bytes between elements of 2; 2 MiB
     ...
     """
     arguments = dict(_SIGNATURE.bind(*args, **kwargs).arguments)
@@ -237,8 +237,10 @@ def _launches(found: Explanation, plan: Plan, device: DeviceSpec) -> list[str]:
     waves = plan.launches[0].grid[0] / (per_sm * device.sms)
     splits = f"the keys of a tile of queries are divided among {plan.num_splits} blocks"
     if plan.num_splits > 1:
-        partial = 4 * plan.num_splits * found.problem.batch_size * found.problem.num_heads_q * found.problem.seqlen_q
-        splits += f", which leave {_size(partial * (found.problem.head_dim_v + 1))} of partial results"
+        problem = found.problem
+        rows = plan.num_splits * problem.batch_size * problem.num_heads_q * problem.seqlen_q
+        partial = rows * (problem.head_dim_v + 1) * problem.element.accumulator.itemsize
+        splits += f", which leave {_size(partial)} of partial results"
     else:
         splits = "1, the keys of a tile of queries are not divided"
         splits += "" if family.splits else f": {spec.family} cannot"

@@ -50,14 +50,15 @@ EXAMPLES = (
         'explain(query[:, :8], odd, value.swapaxes(-1, -2).copy().swapaxes(-1, -2), device="A100")',
     ),
     (
-        "A GPU that is too old",
+        "A dtype that the GPU's tensor cores lack",
         "import ml_dtypes\n\n"
         "query, key, value = (array.astype(ml_dtypes.bfloat16) for array in (query, key, value))\n"
         'explain(query, key, value, enable_gqa=True, device="T4")',
     ),
     (
         "What no kernel has",
-        'explain(query, key, value, enable_gqa=True, dropout_p=0.1, return_weights=True, device="H200")',
+        "def nearer(score, batch, head, i, j):\n    return score - abs(i - j)\n\n"
+        'explain(query, key, value, enable_gqa=True, score_mod=nearer, device="H200")',
     ),
     ("NumPy arrays without a device", "explain(query, key, value, enable_gqa=True)"),
 )

@@ -16,6 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what the checkout around this file prints
+
 from cupyflash.build.cache import default_cache
 from cupyflash.build.nvrtc import nvrtc_version
 from cupyflash.tools.doctor import as_text, judge

@@ -21,6 +21,7 @@ from cupyflash.backends.emulated import EmulatorBackend
 from cupyflash.build.launch import prepare
 from cupyflash.plan.choose import choose
 from cupyflash.plan.device import DEVICES, EMULATOR
+from cupyflash.plan.specs import FwdSpec
 from cupyflash.problem.normalize import normalize
 from cupyflash.testing import LAYOUTS
 from tests import cupy_stand_in
@@ -35,7 +36,7 @@ def half(*shape: int) -> np.ndarray:
 def test_what_is_printed_is_the_str(capsys: pytest.CaptureFixture[str]) -> None:
     found = explain(half(1, 8, 512, 64), half(1, 8, 512, 64), half(1, 8, 512, 64), device="H200")
     assert capsys.readouterr().out == f"{found}\n"
-    assert repr(found) == "<Explanation: cuda on H200, fwd_sm80-f16-d64-m64n64w4>"
+    assert repr(found) == "<Explanation: cuda on H200, fwd_sm80-f16-d64-m64n64w4-split, combine-f16>"
 
 
 @pytest.mark.parametrize("device", [name for name, device in DEVICES.items() if device.cc >= (8, 0)])
@@ -46,9 +47,12 @@ def test_the_plan_is_that_of_the_backend(device: str, lengths: tuple[int, int]) 
     problem, _ = normalize(query, key, key, is_causal=True, enable_gqa=True)
     assert found.plan == choose(problem, DEVICES[device])
     assert (found.backend, found.device, found.refusals) == ("cuda", DEVICES[device], ())
-    (launch,) = found.plan.launches
-    assert f"  {launch.spec}: {launch.grid[0]} blocks of {launch.block[0]} threads, " in str(found)
-    assert [str(c.spec) for c in found.candidates if not c.reasons and not c.behind] == [str(launch.spec)]
+    for launch in found.plan.launches:
+        assert f"  {launch.spec}: {launch.grid[0]} blocks of {launch.block[0]} threads" in str(found)
+    # How many blocks share keys is decided after the kernel.
+    spec = found.plan.launches[0].spec
+    assert isinstance(spec, FwdSpec)
+    assert [c.spec for c in found.candidates if not c.reasons and not c.behind] == [replace(spec, split=False)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -111,8 +115,9 @@ def test_nothing_is_run_and_no_seed_is_drawn(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_all_reasons_and_the_way_out() -> None:
     x = half(2, 7, 64)
-    found = explain(x, x, x, softcap=3.0, dropout_p=0.1, device="H200")
-    assert found.refusals == ("it has no softcap", "it has no dropout")
+    changed = {"score_mod": lambda score, b, h, i, j: score, "mask_mod": lambda b, h, i, j: i >= j}
+    found = explain(x, x, x, **changed, softcap=3.0, device="H200")
+    assert found.refusals == ("it has no score_mod", "it has no mask_mod")
     assert found.plan is None
     assert 'can run it\n  math: pass backend="math"' in str(found)
     tiny = replace(DEVICES["A100"], name="tiny", smem_per_block=8 << 10)
@@ -120,7 +125,8 @@ def test_all_reasons_and_the_way_out() -> None:
     assert len(found.refusals) == len(found.candidates) > 2
     assert "tiny has 8192 per block" in found.refusals[0]
     x = np.zeros((2, 7, 64), ml_dtypes.bfloat16)
-    assert explain(x, x, x, device="T4").refusals == ("bfloat16 needs compute capability 8.0 or later, T4 has 7.5",)
+    volta = replace(DEVICES["T4"], name="V100", cc=(7, 0))
+    assert explain(x, x, x, device=volta).refusals == ("bfloat16 needs compute capability 7.5 or later, V100 has 7.0",)
 
 
 def test_a_batch_of_too_many_axes_is_refused_as_by_the_backend() -> None:

@@ -288,14 +288,8 @@ def test_a_gpu_without_kernels_is_named_with_the_way_out() -> None:
         ({"dtype": "int8"}, "it has no int8, only bfloat16, float16, float32, float64"),
         ({"head_dim": 300}, "it has the head dims 32, 64, 96, 128, 160, 192, 224, 256, but E was 300 and Ev was 300"),
         ({"head_dim_v": 257}, "it has the head dims 32, 64, 96, 128, 160, 192, 224, 256, but E was 128 and Ev was 257"),
-        ({"float_mask_dtype": "float32"}, "it has no float mask"),
-        ({"has_bool_mask": True}, "it has no bool mask"),
         ({"has_score_mod": True}, "it has no score_mod"),
         ({"has_mask_mod": True}, "it has no mask_mod"),
-        ({"softcap": 3.0}, "it has no softcap"),
-        ({"has_alibi": True}, "it has no alibi_slopes"),
-        ({"has_sinks": True}, "it has no sinks"),
-        ({"dropout_p": 0.5}, "it has no dropout"),
         ({"precision": "tf32"}, "it has no precision 'tf32'"),
         ({"weights_stage": "softmax"}, "it has no weights"),
         ({"seqlen_k": 2**30}, f"it takes lengths up to {2**30 - 256}, but S was {2**30}"),
@@ -308,7 +302,9 @@ def test_refusals(changes: dict[str, Any], reason: str) -> None:
 
 def test_no_refusal_of_what_there_is_and_all_of_what_is_not() -> None:
     assert refusals(problem()) == []
-    assert len(refusals(problem(dtype="float64", softcap=1.0, dropout_p=0.1))) == 2
+    everything = {"float_mask_dtype": "float32", "has_bool_mask": True, "softcap": 1.0, "has_alibi": True}
+    assert refusals(problem(**everything, has_sinks=True, dropout_p=0.1)) == []
+    assert len(refusals(problem(dtype="float64", has_score_mod=True, has_mask_mod=True))) == 2
 
 
 def test_every_row_has_a_legal_tile_where_it_begins_and_later() -> None:
@@ -373,6 +369,13 @@ def test_the_first_tile_that_fits_is_chosen(device: str, tile: str) -> None:
     assert str(launch.spec.tile) == tile
 
 
+def changes_of_scores(dtype: str) -> list[dict[str, Any]]:
+    """Every set of what is done to scores and weights, as changes of a problem."""
+    choices = ((None, dtype, "float32"), (False, True), (0.0, 3.0), (0.0, 0.5))
+    names = ("float_mask_dtype", "has_bool_mask", "softcap", "dropout_p")
+    return [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*choices) if any(chosen)]
+
+
 def test_every_spec_has_a_name_of_its_own_and_is_what_choose_gives() -> None:
     specs = list(every_spec())
     assert len({str(spec) for spec in specs}) == len(specs)
@@ -390,7 +393,7 @@ def test_every_spec_has_a_name_of_its_own_and_is_what_choose_gives() -> None:
             {"batch": 500, "seqlen_q": 3, "seqlen_k": 100, "num_heads_k": 2, "num_heads_v": 4},
             {"batch": 500, "seqlen_q": 33, "seqlen_k": 100},
         )
-        for changes in ({}, {"band": Band(None, 0)}, {"band": Band(-1, 0)}, {"scale": -1.0})
+        for changes in ({}, {"band": Band(None, 0)}, {"band": Band(-1, 0)}, {"scale": -1.0}, *changes_of_scores(dtype))
         for launch in choose(
             problem(dtype=dtype, head_dim=row.head_dim, head_dim_v=row.head_dim_v, **{**size, **changes}), device
         ).launches
