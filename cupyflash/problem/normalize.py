@@ -159,9 +159,7 @@ def normalize(
         seed=seed,
         out=canonical_out,
         lse=xp.empty(out_shape[:-1], accumulator) if return_lse else None,
-        weights=xp.empty(
-            (*out_shape[:-1], problem.seqlen_k), accumulator if problem.stops_at_scores else query.dtype
-        )
+        weights=xp.empty((*out_shape[:-1], problem.seqlen_k), accumulator if problem.stops_at_scores else query.dtype)
         if problem.weights_stage
         else None,
         returned=returned,
