@@ -36,230 +36,51 @@
 //
 // Not supported: head dims of values beyond kHeadDimV; score_mod and mask_mod.
 #include "isa.cuh"
-#include "element.cuh"
-#include "mask.cuh"
-#include "score.cuh"
-#include "work.cuh"
+#include "simt.cuh"
 
 // `rows`, halved until they fit.
 constexpr int rows_that_fit(int rows, int row_bytes, int bytes) {
   return rows * row_bytes <= bytes ? rows : rows_that_fit(rows / 2, row_bytes, bytes);
 }
 
-struct Traits {
-  using Element = ElementTraits<typename Config::Element>;
-  using Storage = Element::Storage;
-  using Accumulator = Element::Accumulator;
-  using AccumulatorElement = ElementTraits<Accumulator>;
-
-  static constexpr int kNumThreads = 32 * Config::kNumWarps;
-  static constexpr int kRows = 16 * Config::kBlockM / kNumThreads;
-  static constexpr int kColumns = Config::kBlockN / 16;
+struct Traits : SimtTraits<Config> {
   static constexpr int kOutColumns = Config::kHeadDimV / 16;
 
-  static constexpr int kAccumulatorBytes = sizeof(Accumulator);
-  static constexpr int kPadding = 16;
-  static constexpr int kPanelElements = 128 / kAccumulatorBytes;
-  static constexpr int kPanelRowBytes = 128 + kPadding;
   static constexpr int kPRowBytes = Config::kBlockN * kAccumulatorBytes + kPadding;
-
-  // What one load from shared memory brings of a row of Q, K or P, and of V.
-  static constexpr int kStep = 16 / kAccumulatorBytes;
+  // What one load from shared memory brings of a row of V.
   static constexpr int kVector = kOutColumns < kStep ? kOutColumns : kStep;
-
-  static constexpr int kPanelsBytes = (Config::kBlockM + Config::kBlockN) * kPanelRowBytes;
   static constexpr int kVRowBytes = Config::kHeadDimV * kAccumulatorBytes;
-  static constexpr int kPanelKeys = rows_that_fit(Config::kBlockN, kVRowBytes, kPanelsBytes);
+  static constexpr int kPanelKeys = rows_that_fit(Config::kBlockN, kVRowBytes, ScorePanels<Config>::kBytes);
 
-  static_assert(Config::kBlockM % (kNumThreads / 16) == 0, "every thread has as many rows");
-  static_assert(Config::kBlockN % 16 == 0 && Config::kHeadDimV % 16 == 0, "the 16 threads of a row have equal parts");
+  static_assert(Config::kHeadDimV % 16 == 0, "the 16 threads of a row have equal parts");
   static_assert(kOutColumns % kVector == 0 && kPanelKeys % kStep == 0, "loads are whole");
   static_assert(Config::kScaleFirst == false, "scores are scaled first anyway");
 };
 
 // Addresses in shared memory; the picture above says when each is in use.
 struct SharedStorage {
-  static constexpr int kBytes = Traits::kPanelsBytes + Config::kBlockM * Traits::kPRowBytes;
+  static constexpr int kBytes = ScorePanels<Config>::kBytes + Config::kBlockM * Traits::kPRowBytes;
 
-  static __device__ __forceinline__ u32 q() { return isa::shared_base(); }
-  static __device__ __forceinline__ u32 k() { return q() + Config::kBlockM * Traits::kPanelRowBytes; }
-  static __device__ __forceinline__ u32 v() { return q(); }
-  static __device__ __forceinline__ u32 p() { return q() + Traits::kPanelsBytes; }
+  static __device__ __forceinline__ u32 v() { return isa::shared_base(); }
+  static __device__ __forceinline__ u32 p() { return isa::shared_base() + ScorePanels<Config>::kBytes; }
 };
 static_assert(SharedStorage::kBytes == Config::kSharedBytes, "the launch asks for what the kernel uses");
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Accumulators in shared memory
-
-__device__ __forceinline__ void store_shared(u32 destination, float value) {
-  isa::st_shared_4(destination, isa::float_bits(value));
-}
-__device__ __forceinline__ void store_shared(u32 destination, double value) {
-  isa::st_shared_8(destination, isa::double_bits(value));
-}
-
-__device__ __forceinline__ void load_shared(float (&values)[4], u32 source) {
-  const uint4 bits = isa::ld_shared_16(source);
-  values[0] = isa::bits_float(bits.x);
-  values[1] = isa::bits_float(bits.y);
-  values[2] = isa::bits_float(bits.z);
-  values[3] = isa::bits_float(bits.w);
-}
-__device__ __forceinline__ void load_shared(float (&values)[2], u32 source) {
-  const uint2 bits = isa::ld_shared_8(source);
-  values[0] = isa::bits_float(bits.x);
-  values[1] = isa::bits_float(bits.y);
-}
-__device__ __forceinline__ void load_shared(double (&values)[2], u32 source) {
-  const uint4 bits = isa::ld_shared_16(source);
-  values[0] = isa::bits_double({bits.x, bits.y});
-  values[1] = isa::bits_double({bits.z, bits.w});
-}
-
-// Copies columns [column_begin, column_begin + kColumns) of kRows rows from row_begin on into a panel; what lies
-// beyond num_rows and num_columns becomes zeros. All threads of the block take part, neighbours with neighbouring
-// columns.
-template <int kRows, int kColumns, int kRowBytes, class Rows>
-__device__ __forceinline__ void load_panel(u32 panel_smem, const Rows& rows, int row_begin, int num_rows,
-                                           int column_begin, int num_columns) {
-  static_assert(kRows * kColumns % Traits::kNumThreads == 0, "every thread copies as many elements");
-#pragma unroll 4
-  for (int i = 0; i < kRows * kColumns / Traits::kNumThreads; ++i) {
-    const int index = i * Traits::kNumThreads + isa::thread_index();
-    const int row = index / kColumns;
-    const int column = index % kColumns;
-    Traits::Accumulator value = 0;
-    if (row_begin + row < num_rows && column_begin + column < num_columns) {
-      value = Traits::Element::load(rows.row(row_begin + row) + column_begin + column);
-    }
-    store_shared(panel_smem + static_cast<u32>(row * kRowBytes + column * Traits::kAccumulatorBytes), value);
-  }
-}
-
-struct Forward {
-  using Accumulator = Traits::Accumulator;
-  using Rows = HeadRows<Traits::Storage>;
-
-  const FwdParams& params;
-  const FwdWork& work;
-  int row_begin;  // the first of the thread's rows, in the tile
-  int lane_x;     // which of the 16 threads of a row this is
-  Rows k;
-  Rows v;
-  Accumulator scale;
-
-  Accumulator s_frag[Traits::kRows][Traits::kColumns];
+struct Forward : ScoreTile<Config> {
+  HeadRows<Traits::Storage> v;
   Accumulator o_frag[Traits::kRows][Traits::kOutColumns];
   Accumulator row_max[Traits::kRows];
   Accumulator row_sum[Traits::kRows];  // each thread's own part, added up at the end
 
   __device__ __forceinline__ Forward(const FwdParams& params, const FwdWork& work)
-      : params(params),
-        work(work),
-        row_begin(isa::thread_index() / 16 * Traits::kRows),
-        lane_x(isa::thread_index() % 16),
-        k(head_rows<Traits::Storage>(params, params.k, work.batch, work.head / params.group_size_k)),
-        v(head_rows<Traits::Storage>(params, params.v, work.batch, work.head / params.group_size_v)),
-        scale(static_cast<Accumulator>(params.scale)) {
+      : ScoreTile<Config>(params, work),
+        v(head_rows<Traits::Storage>(params, params.v, work.batch, work.head / params.group_size_v)) {
 #pragma unroll
     for (int r = 0; r < Traits::kRows; ++r) {
       row_max[r] = negative_infinity();
       row_sum[r] = 0;
 #pragma unroll
       for (int c = 0; c < Traits::kOutColumns; ++c) o_frag[r][c] = 0;
-    }
-  }
-
-  // S += Q K^T over the first `num_elements` of a panel, and zeros that fill up the last step.
-  __device__ __forceinline__ void multiply_q_k(int num_elements) {
-    const u32 q_smem = SharedStorage::q() + static_cast<u32>(row_begin * Traits::kPanelRowBytes);
-    const u32 k_smem = SharedStorage::k() + static_cast<u32>(lane_x * Traits::kPanelRowBytes);
-#pragma unroll 2
-    for (int e = 0; e < num_elements; e += Traits::kStep) {
-      Accumulator k_frag[Traits::kColumns][Traits::kStep];
-#pragma unroll
-      for (int c = 0; c < Traits::kColumns; ++c) {
-        load_shared(k_frag[c], k_smem + static_cast<u32>(16 * c * Traits::kPanelRowBytes + e * sizeof(Accumulator)));
-      }
-#pragma unroll
-      for (int r = 0; r < Traits::kRows; ++r) {
-        Accumulator q_frag[Traits::kStep];
-        load_shared(q_frag, q_smem + static_cast<u32>(r * Traits::kPanelRowBytes + e * sizeof(Accumulator)));
-#pragma unroll
-        for (int c = 0; c < Traits::kColumns; ++c) {
-#pragma unroll
-          for (int i = 0; i < Traits::kStep; ++i) s_frag[r][c] += q_frag[i] * k_frag[c][i];
-        }
-      }
-    }
-  }
-
-  // S of a tile of keys, scaled.
-  __device__ __forceinline__ void compute_scores(int first_key) {
-#pragma unroll
-    for (int r = 0; r < Traits::kRows; ++r) {
-#pragma unroll
-      for (int c = 0; c < Traits::kColumns; ++c) s_frag[r][c] = 0;
-    }
-    const auto q = work.rows_of<Config, Traits::Storage>(params, params.q);
-    for (int column = 0; column < params.head_dim; column += Traits::kPanelElements) {
-      load_panel<Config::kBlockM, Traits::kPanelElements, Traits::kPanelRowBytes>(
-          SharedStorage::q(), q, work.row_begin, FwdWork::num_rows<Config>(params), column, params.head_dim);
-      load_panel<Config::kBlockN, Traits::kPanelElements, Traits::kPanelRowBytes>(
-          SharedStorage::k(), k, first_key, params.seqlen_k, column, params.head_dim);
-      isa::sync_threads();  // Q and K panels have arrived
-      multiply_q_k(at_most(params.head_dim - column, Traits::kPanelElements));
-      isa::sync_threads();  // they have been read
-    }
-#pragma unroll
-    for (int r = 0; r < Traits::kRows; ++r) {
-#pragma unroll
-      for (int c = 0; c < Traits::kColumns; ++c) s_frag[r][c] *= scale;
-    }
-  }
-
-  // From scale q k to what the softmax is taken of, but for the band.
-  __device__ __forceinline__ void change_scores(int first_key, bool is_whole) {
-#pragma unroll
-    for (int r = 0; r < Traits::kRows; ++r) {
-      const int row = work.row_begin + row_begin + r;
-      const int head = work.head_of<Config>(params, row);
-      const ScoreRow<Config> scores(params, work.batch, head, FwdWork::query_of<Config>(params, row), is_whole);
-#pragma unroll
-      for (int c = 0; c < Traits::kColumns; ++c) s_frag[r][c] = scores(s_frag[r][c], first_key + lane_x + 16 * c);
-    }
-  }
-
-  // Sets weights that dropout drops to 0; what is kept is scaled at the row's end.
-  __device__ __forceinline__ void drop_weights(int first_key) {
-    const u64 seed = dropout_seed(params.scores);
-#pragma unroll
-    for (int r = 0; r < Traits::kRows; ++r) {
-      const int row = work.row_begin + row_begin + r;
-      const u64 head = static_cast<u64>(work.batch) * params.num_heads_q + work.head_of<Config>(params, row);
-      const int query = FwdWork::query_of<Config>(params, row);
-#pragma unroll
-      for (int c = 0; c < Traits::kColumns; ++c) {
-        const int key = first_key + lane_x + 16 * c;
-        if (!dropout_keep(seed, head, query, key, params.scores.dropout_threshold)) s_frag[r][c] = 0;
-      }
-    }
-  }
-
-  // Sets the scores of keys that do not take part to -inf.
-  __device__ __forceinline__ void mask_scores(int first_key) {
-#pragma unroll
-    for (int r = 0; r < Traits::kRows; ++r) {
-      const int query = FwdWork::query_of<Config>(params, work.row_begin + row_begin + r);
-      int begin = 0;
-      int end = params.seqlen_k;
-      if constexpr (Config::kHasLower) begin = query + params.lower;
-      if constexpr (Config::kHasUpper) end = at_most(end, query + params.upper + 1);
-#pragma unroll
-      for (int c = 0; c < Traits::kColumns; ++c) {
-        const int key = first_key + lane_x + 16 * c;
-        if (key < begin || key >= end) s_frag[r][c] = negative_infinity();
-      }
     }
   }
 
@@ -341,8 +162,8 @@ struct Forward {
     store_p();
 #pragma unroll 1
     for (int begin = 0; begin < Config::kBlockN; begin += Traits::kPanelKeys) {
-      load_panel<Traits::kPanelKeys, Config::kHeadDimV, Traits::kVRowBytes>(SharedStorage::v(), v, first_key + begin,
-                                                                            params.seqlen_k, 0, params.head_dim_v);
+      load_panel<Config, Traits::kPanelKeys, Config::kHeadDimV, Traits::kVRowBytes>(
+          SharedStorage::v(), v, first_key + begin, params.seqlen_k, 0, params.head_dim_v);
       isa::sync_threads();  // the V panel has arrived, and P
       accumulate_p_v(begin);
       isa::sync_threads();  // the V panel has been read

@@ -55,6 +55,7 @@ struct FwdParams {
   void* lse;          // accumulators [batch_size, num_heads_q, seqlen_q], contiguous; null if nobody asks for it
   void* partial_out;  // if Config::kSplit: accumulators [num_splits, batch_size, num_heads_q, seqlen_q, head_dim_v],
   void* partial_lse;  //   normalised within the split, and [num_splits, batch_size, num_heads_q, seqlen_q]
+  void* weights;      // [batch_size, num_heads_q, seqlen_q, seqlen_k], contiguous; for weights.cu alone, else null
   double scale;       // > 0 unless Config::kScaleFirst
   int batch_shape[kBatchAxes];
   int batch_size;  // the product of batch_shape

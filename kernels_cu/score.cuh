@@ -112,6 +112,17 @@ struct ScoreRow {
     }
   }
 
+  // softcap tanh(s / softcap), in which a removal stays one.
+  __device__ __forceinline__ Real capped(Real score) const {
+    if constexpr (Config::kChangesScores) {
+      const Real softcap = static_cast<Real>(params.scores.softcap);
+      if (params.scores.softcap != 0.0 && score != negative_infinity()) {
+        return softcap * hyperbolic_tangent(score / softcap);
+      }
+    }
+    return score;
+  }
+
   // From q k to what the softmax is taken of.
   __device__ __forceinline__ Real operator()(Real score, int key) const {
     const ScoreParams& scores = params.scores;
@@ -120,10 +131,7 @@ struct ScoreRow {
     bool removed = false;
     if constexpr (Config::kChangesScores) {
       removed = score == minus_infinity;
-      if (scores.softcap != 0.0) {
-        const Real softcap = static_cast<Real>(scores.softcap);
-        score = softcap * hyperbolic_tangent(score / softcap);
-      }
+      score = capped(score);
     }
     if constexpr (ScoreFeatures<Config>::kHasFloatMask) {
       if (exists) {

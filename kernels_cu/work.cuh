@@ -74,8 +74,7 @@ struct FwdWork {
   int split;
 
   template <class Config>
-  static __device__ __forceinline__ FwdWork of_block(const FwdParams& params) {
-    int block = isa::block_index_x();
+  static __device__ __forceinline__ FwdWork of_block(const FwdParams& params, int block = isa::block_index_x()) {
     int split = 0;
     if constexpr (Config::kSplit) {
       split = block % params.num_splits;

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import Unsupported
-from ..plan.specs import CombineSpec, FwdSpec, KernelSpec, Launch, MaskSummarySpec, MergeSpec, Plan
+from ..plan.specs import CombineSpec, FwdSpec, KernelSpec, Launch, MaskSummarySpec, MergeSpec, Plan, WeightsSpec
+from ..problem.dtypes import dtype_named
 from ..problem.philox import dropout_threshold
 from ..problem.problem import Buffers, Problem
 from ..problem.shapes import join, joinable_axes
@@ -87,23 +88,31 @@ def _constants(spec: KernelSpec) -> dict[str, ConfigValue]:
         return elements | {"kRowsPerBlock": spec.rows_per_block}
     if isinstance(spec, CombineSpec):
         return {"Element": _ELEMENTS[spec.dtype], "kNumThreads": spec.num_threads, "kRowsPerBlock": spec.rows_per_block}
-    return {
+    features = spec.features
+    constants: dict[str, ConfigValue] = {
         "Element": _ELEMENTS[spec.dtype],
-        "kBaseline": spec.baseline,
-        "kHeadDim": spec.head_dim,
-        "kHeadDimV": spec.head_dim_v,
         "kBlockM": spec.tile.block_m,
         "kBlockN": spec.tile.block_n,
         "kNumWarps": spec.tile.num_warps,
-        "kQInRegisters": spec.tile.q_in_registers,
         "kSharedBytes": spec.shared_bytes,
-        "kHasLower": spec.features.has_lower,
-        "kHasUpper": spec.features.has_upper,
-        "kScaleFirst": spec.features.scale_first,
-        "FloatMask": _ELEMENTS[spec.features.float_mask] if spec.features.float_mask else "NoMask",
-        "kHasBoolMask": spec.features.bool_mask,
-        "kChangesScores": spec.features.changed,
-        "kDropout": spec.features.dropout,
+        "kHasLower": features.has_lower,
+        "kHasUpper": features.has_upper,
+        "FloatMask": _ELEMENTS[features.float_mask] if features.float_mask else "NoMask",
+        "kHasBoolMask": features.bool_mask,
+        "kChangesScores": features.changed,
+        "kDropout": features.dropout,
+    }
+    if isinstance(spec, WeightsSpec):
+        dtype = dtype_named(spec.dtype)
+        written = spec.dtype if spec.stage == "softmax" else dtype.accumulator.name
+        stage = ("raw", "capped", "biased", "softmax").index(spec.stage)
+        return constants | {"Written": _ELEMENTS[written], "kStage": stage, "kPacked": False, "kSplit": False}
+    return constants | {
+        "kBaseline": spec.baseline,
+        "kHeadDim": spec.head_dim,
+        "kHeadDimV": spec.head_dim_v,
+        "kQInRegisters": spec.tile.q_in_registers,
+        "kScaleFirst": features.scale_first,
         "kPacked": spec.packed,
         "kSplit": spec.split,
     }
@@ -116,12 +125,13 @@ class Operands(NamedTuple):
     key: Any  # (*batch, Hk, S, E)
     value: Any  # (*batch, Hv, S, Ev)
     out: Any  # (*batch, Hq, L, Ev)
-    lse: Any  # (*batch, Hq, L) contiguous, or None
+    lse: Any  # (*batch, Hq, L) contiguous: the caller's, or a new one that weights need; or None
     partial_out: Any  # (num_splits, *batch, Hq, L, Ev) accumulators, or None
     partial_lse: Any  # (num_splits, *batch, Hq, L), or None
+    weights: Any  # (*batch, Hq, L, S) contiguous, or None
     # What of them goes into parameter blocks.
     batch_shape: tuple[int, ...]  # BATCH_AXES of them
-    addresses: list[int]  # of the seven arrays, 0 for None
+    addresses: list[int]  # of the eight arrays, 0 for None
     steps: list[Any]  # for each of the first four its strides in elements, as in a Tensor
     scores: bytes  # SCORE_PARAMS
     sinks: tuple[int, int]  # as in COMBINE_PARAMS: address, and whether they are float32
@@ -161,16 +171,19 @@ def prepare(problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[A
     scores, sinks, kept = NO_SCORES, (0, 0), ()
     if problem.has_sinks or not problem.has_plain_scores:
         scores, sinks, kept = _scores(problem, buffers, masks, summary, steps[4:], address)
-    partial_out = partial_lse = None
+    accumulator, xp = problem.element.accumulator, problem.namespace
+    lse, partial_out, partial_lse = buffers.lse, None, None
+    if lse is None and buffers.weights is not None and not problem.stops_at_scores:
+        lse = xp.empty(buffers.out.shape[:-1], accumulator)
     if plan.num_splits > 1:
-        accumulator, xp = problem.element.accumulator, problem.namespace
         partial_out = xp.empty((plan.num_splits, *buffers.out.shape), accumulator)
         partial_lse = xp.empty(partial_out.shape[:-1], accumulator)
-    for array in (buffers.lse, partial_out, partial_lse):
+    workspace = (lse, partial_out, partial_lse, buffers.weights)
+    for array in workspace:
         addresses.append(0 if array is None else address(array))
     return Operands(
         *(arrays[0], arrays[1], arrays[2], arrays[3]),
-        *(buffers.lse, partial_out, partial_lse),
+        *workspace,
         (1,) * (BATCH_AXES - len(batch_shape)) + batch_shape,
         addresses,
         steps[:4],
@@ -283,10 +296,10 @@ def launches(problem: Problem, plan: Plan, operands: Operands) -> Iterator[tuple
     if operands.summary is not None and operands.summary.launch is not None and operands.summary.params is not None:
         yield operands.summary.launch, operands.summary.params
     for launch in plan.launches:
-        if isinstance(launch.spec, FwdSpec):
-            yield launch, _forward_params(problem, plan, operands)
-        else:
+        if isinstance(launch.spec, CombineSpec):
             yield launch, _combine_params(problem, plan, operands)
+        else:
+            yield launch, _forward_params(problem, plan, operands)
 
 
 def _forward_params(problem: Problem, plan: Plan, operands: Operands) -> np.void:
@@ -323,11 +336,13 @@ def _forward_params(problem: Problem, plan: Plan, operands: Operands) -> np.void
 
 
 def _combine_params(problem: Problem, plan: Plan, operands: Operands) -> np.void:
-    _, _, _, out, *others = operands.addresses
+    _, _, _, out, lse, partial_out, partial_lse, _ = operands.addresses
     return pack_combine(
         out,
         *operands.steps[3],
-        *others,
+        lse,
+        partial_out,
+        partial_lse,
         operands.sinks[0],
         *operands.batch_shape,
         problem.batch_size,

@@ -80,6 +80,7 @@ FWD_PARAMS = np.dtype(
         ("lse", np.uintp),
         ("partial_out", np.uintp),
         ("partial_lse", np.uintp),
+        ("weights", np.uintp),
         ("scale", np.float64),
         ("batch_shape", np.int32, (BATCH_AXES,)),
         ("batch_size", np.int32),

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from ..errors import Unsupported
 from ..hashing import hash_once
 from ..problem.dtypes import dtype_named
-from ..problem.problem import Problem
+from ..problem.problem import STAGES, Problem
 from .device import DeviceSpec
-from .specs import CombineSpec, Features, FwdSpec, Launch, Plan
+from .specs import CombineSpec, Features, FwdSpec, KernelSpec, Launch, Plan, WeightsSpec
 from .tiles import FAMILIES, TILES, TileConfig, TileRow, rows_for
 
 __all__ = [
@@ -102,7 +102,6 @@ class Candidate:
 _OPTIONAL = {
     "has_score_mod": "score_mod",
     "has_mask_mod": "mask_mod",
-    "weights_stage": "weights",
 }
 _asked_of = attrgetter("dtype", "head_dim", "head_dim_v", "precision", *_OPTIONAL)
 
@@ -120,6 +119,8 @@ def refusals(problem: Problem) -> list[str]:
     # At one row a tile: no tile makes more blocks.
     if problem.batch_size * problem.num_heads_q * seqlen_q > _MAX_BLOCKS and _most_tiles(problem) > _MAX_BLOCKS:
         reasons.append(f"it takes up to {_MAX_BLOCKS} tiles of queries, and these are more")
+    if problem.weights_stage is not None and _weights_tiles(problem) > _MAX_BLOCKS:
+        reasons.append(f"it takes up to {_MAX_BLOCKS} tiles of weights, and these are more")
     return reasons
 
 
@@ -147,6 +148,14 @@ def choose(problem: Problem, device: DeviceSpec) -> Plan:
     Unsupported
         No kernel runs on the device; with a reason for each candidate.
     """
+    plan = _plan_forward(problem, device)
+    if problem.weights_stage is None:
+        return plan
+    features = _features(problem)
+    return _with_weights(plan, problem.dtype, problem.weights_stage, features, _weights_tiles(problem))
+
+
+def _plan_forward(problem: Problem, device: DeviceSpec) -> Plan:
     queries = _queries(
         problem.dtype,
         problem.head_dim,
@@ -216,6 +225,32 @@ def _plan(queries: _Queries, splits: int) -> Plan:
         Launch(combine, (math.ceil(queries.num_rows / combine.rows_per_block),)),
     )
     return Plan(launches, splits, pack, row_alignment)
+
+
+@lru_cache(maxsize=512)
+def _with_weights(forward: Plan, dtype: str, stage: str, features: Features, num_tiles: int) -> Plan:
+    """The plan of a forward pass with a launch for the weights behind it, or of scores without a forward pass."""
+    spec = _weights_spec(dtype, stage, features)
+    weights = (Launch(spec, (num_tiles,)),) if num_tiles else ()
+    if spec.stage == "softmax":
+        return replace(forward, launches=(*forward.launches, *weights))
+    return Plan(weights, row_alignment=dtype_named(dtype).storage.itemsize)
+
+
+def _weights_spec(dtype: str, stage: str, features: Features) -> WeightsSpec:
+    """The kernel for a stage of a problem whose forward pass has those features.
+
+    Writing the scores takes long enough for a few kernels to do: one where there are no masks and nothing changes
+    scores, another that does all but a float mask and dropout.
+    """
+    if stage in ("raw", "modded") or (stage == "capped" and not features.changed):
+        return WeightsSpec(dtype, "raw")
+    if stage == "capped":
+        return WeightsSpec(dtype, "capped", Features(changed=True))
+    has_all = bool(features.float_mask or features.bool_mask or features.changed)
+    dropout = features.dropout and stage == "dropout"
+    kept = Features(True, True, float_mask=features.float_mask, bool_mask=has_all, changed=has_all, dropout=dropout)
+    return WeightsSpec(dtype, "biased" if stage == "biased" else "softmax", kept)
 
 
 def selector_of(problem: Problem, device: DeviceSpec) -> Selector:
@@ -387,9 +422,9 @@ def num_splits(num_tiles: int, num_key_tiles: int, slots: int) -> int:
     return next(n for n, e in zip(choices, efficiency, strict=True) if e >= 0.85 * best)
 
 
-def every_spec() -> Iterator[FwdSpec | CombineSpec]:
+def every_spec() -> Iterator[KernelSpec]:
     """Every kernel that `choose` may name on some device."""
-    found: dict[FwdSpec | CombineSpec, None] = {}
+    found: dict[KernelSpec, None] = {}
     for row in TILES:
         family = FAMILIES[row.family]
         choices = itertools.product(
@@ -406,6 +441,9 @@ def every_spec() -> Iterator[FwdSpec | CombineSpec]:
             found[replace(_spec(row, tile, selector), split=split)] = None
             if split:
                 found[CombineSpec(dtype)] = None
+    for dtype in dict.fromkeys(dtype for row in TILES for dtype in row.dtypes):
+        for stage, features in itertools.product((*STAGES, "dropout"), _features_of(dtype)):
+            found[_weights_spec(dtype, stage, features)] = None
     yield from found
 
 
@@ -445,6 +483,13 @@ def _num_tiles(num_heads: int, seqlen_q: int, block_m: int, pack: int) -> int:
 def _most_tiles(problem: Problem) -> int:
     lowest = min(tile.block_m for row in TILES for tile in row.tiles)
     return _num_tiles(problem.batch_size * problem.num_heads_q, problem.seqlen_q, lowest, 1)
+
+
+def _weights_tiles(problem: Problem) -> int:
+    """Tiles of scores of all heads of the batch."""
+    tile = WeightsSpec.tile
+    rows = _num_tiles(problem.batch_size * problem.num_heads_q, problem.seqlen_q, tile.block_m, 1)
+    return rows * math.ceil(problem.seqlen_k / tile.block_n)
 
 
 def _keys_of_a_tile(problem: Problem, queries: int) -> int:

@@ -19,6 +19,7 @@ __all__ = [
     "MaskSummarySpec",
     "MergeSpec",
     "Plan",
+    "WeightsSpec",
 ]
 
 _SHORT_NAMES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
@@ -137,6 +138,36 @@ class CombineSpec:
         return f"{self.family}-{_SHORT_NAMES[self.dtype]}"
 
 
+@hash_once
+@dataclass(frozen=True)
+class WeightsSpec:
+    """The kernel that writes the L×S scores at one stage, or the weights: one block for each tile.
+
+    Parameters
+    ----------
+    dtype : str
+        Of the query.
+    stage : str
+        "raw", "capped", "biased", or "softmax": dropped weights are a feature.
+    features : Features
+        Of the scores up to that stage, and dropout.
+    """
+
+    dtype: str
+    stage: str
+    features: Features = Features()
+
+    family = "weights"
+    # As fwd_simt's; P takes no shared memory here, so double may have as many keys.
+    tile = TileConfig(64, 64, 8)
+    # Panels of 128 bytes of Q and K, with 16 of padding at each row.
+    shared_bytes = (64 + 64) * 144
+    num_threads = 256
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, [self.family, _SHORT_NAMES[self.dtype], self.stage, str(self.features)]))
+
+
 @dataclass(frozen=True)
 class MaskSummarySpec:
     """The kernel that tells of each tile of a bool mask whether none, some or all of it is true: one warp for each."""
@@ -173,7 +204,7 @@ class MergeSpec:
         return f"{self.family}-{_SHORT_NAMES[self.dtype]}{to}"
 
 
-KernelSpec = FwdSpec | CombineSpec | MaskSummarySpec | MergeSpec
+KernelSpec = FwdSpec | CombineSpec | WeightsSpec | MaskSummarySpec | MergeSpec
 
 #: The kernels that no plan of `attention` names.
 COMPANIONS: tuple[KernelSpec, ...] = (

@@ -145,7 +145,7 @@ def normalize(
     canonical_out = plain_array(returned)
     if not problem.has_head_axis:
         canonical_out = canonical_out[None]
-    accumulator, weights_stage = dtype.accumulator, problem.weights_stage
+    accumulator = dtype.accumulator
     buffers = Buffers(
         query=_broadcast(query, described.query_lead, xp),
         key=_broadcast(key, described.key_lead, xp),
@@ -159,10 +159,8 @@ def normalize(
         seed=seed,
         out=canonical_out,
         lse=xp.empty(out_shape[:-1], accumulator) if return_lse else None,
-        weights=xp.empty(
-            (*out_shape[:-1], problem.seqlen_k), query.dtype if weights_stage in ("softmax", "dropout") else accumulator
-        )
-        if weights_stage
+        weights=xp.empty((*out_shape[:-1], problem.seqlen_k), accumulator if problem.stops_at_scores else query.dtype)
+        if problem.weights_stage
         else None,
         returned=returned,
     )

@@ -95,6 +95,11 @@ class Problem:
         return bool(self.has_score_mod or self.has_mask_mod or self.has_alibi or self.has_sinks or self.dropout_p)
 
     @property
+    def stops_at_scores(self) -> bool:
+        """True if only scores are asked for: neither weights nor what is made of them."""
+        return self.weights_stage not in (None, "softmax", "dropout")
+
+    @property
     def last_position(self) -> int:
         """A bound of all |i + shift| and j."""
         return max(self.seqlen_q + abs(self.shift), self.seqlen_k)

@@ -19,7 +19,7 @@ from ..build.launch import entry_of, render_kernel
 from ..build.nvrtc import compile_cubin
 from ..plan.choose import every_spec
 from ..plan.device import DEVICES, DeviceSpec
-from ..plan.specs import CombineSpec, FwdSpec, KernelSpec
+from ..plan.specs import CombineSpec, FwdSpec, KernelSpec, WeightsSpec
 from ..plan.tiles import rows_for
 from ..problem.dtypes import dtype_named
 
@@ -92,7 +92,10 @@ def specs_of(device: DeviceSpec, match: str = "") -> list[KernelSpec]:
     found = [spec for spec in every_spec() if isinstance(spec, FwdSpec) and _runs_on(spec, device)]
     partial_results = {spec.dtype for spec in found if spec.split}
     combines = [spec for spec in every_spec() if isinstance(spec, CombineSpec) and spec.dtype in partial_results]
-    specs: list[KernelSpec] = [*found, *combines]
+    # A forward pass comes before weights.
+    dtypes = {spec.dtype for spec in found}
+    weights = [spec for spec in every_spec() if isinstance(spec, WeightsSpec) and spec.dtype in dtypes]
+    specs: list[KernelSpec] = [*found, *combines, *weights]
     return sorted((spec for spec in specs if match in str(spec)), key=_by_name)
 
 

@@ -64,7 +64,7 @@ def run(
         operands = operands._replace(
             partial_out=partials[0],
             partial_lse=partials[1],
-            addresses=[*operands.addresses[:5], *(x.ctypes.data for x in partials)],
+            addresses=[*operands.addresses[:5], *(x.ctypes.data for x in partials), operands.addresses[7]],
         )
     out[...] = lse[...] = np.nan
     counters = []
