@@ -146,6 +146,62 @@ def kernel_table() -> str:
     return f"{table}\n\nOther head dims are padded to these. A dtype that a cell lacks has no kernels there.\n"
 
 
+def refusal_table() -> str:
+    """What the kernels answer to each argument of `attention`, asked one by one."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from cupyflash.build.launch import batch_refusals
+    from cupyflash.plan.choose import refusals
+    from cupyflash.problem.normalize import normalize
+
+    def half(*shape: int) -> np.ndarray:
+        return np.zeros(shape, np.float16)
+
+    query, key = half(2, 4, 5, 64), half(2, 2, 7, 64)
+    keep, bias = np.ones((5, 7), bool), np.zeros((4, 5, 7), np.float32)
+    spread = half(4, 2, 4, 2, 4, 2, 4, 2, 4, 5, 64)[::2, :, ::2, :, ::2, :, ::2, :, ::2].swapaxes(0, 1).swapaxes(2, 3)
+    slopes = np.zeros(4, np.float32)
+    arguments: dict[str, dict[str, Any]] = {
+        "`attn_mask` bool, of any broadcast form and strides": {"attn_mask": keep},
+        "`attn_mask` float, in the query's dtype or float32": {"attn_mask": bias},
+        "`attn_mask` a pair of both, causal and window with it": {
+            "attn_mask": (bias, keep),
+            "is_causal": True,
+            "window": (3, 3),
+        },
+        "`is_causal`, `window`, `align`": {"is_causal": True, "window": (3, None), "align": "bottom_right"},
+        "`scale`, any": {"scale": -2.0},
+        "`enable_gqa`": {},
+        "`softcap`": {"softcap": 30.0},
+        "`alibi_slopes`": {"alibi_slopes": slopes},
+        "`alibi_slopes` with an `align` beyond 2³⁰": {"alibi_slopes": slopes, "align": 2**31 - 1},
+        "`sinks`": {"sinks": slopes},
+        "`dropout_p`, `seed`": {"dropout_p": 0.1, "seed": 1},
+        "`score_mod`": {"score_mod": lambda score, b, h, q_idx, kv_idx: score},
+        "`mask_mod`": {"mask_mod": lambda b, h, q_idx, kv_idx: kv_idx <= q_idx},
+        "`return_lse`, `out`": {"return_lse": True, "out": half(2, 4, 5, 64)},
+        "`return_weights`, `attention_weights`": {"return_weights": True},
+        '`precision="tf32"`': {"precision": "tf32"},
+    }
+    answers = {}
+    for name, asked in arguments.items():
+        problem, buffers = normalize(query, key, key, enable_gqa=True, **asked)
+        answers[name] = [*refusals(problem), *batch_refusals(problem, buffers)]
+    plain, _ = normalize(query, key, key, enable_gqa=True)
+    answers["E or Ev above 256"] = refusals(replace(plain, head_dim=257))
+    answers["L or S of 2³⁰"] = refusals(replace(plain, seqlen_k=2**30))
+    answers["more than four batch axes that don't lie behind one another"] = batch_refusals(
+        *normalize(spread, spread, spread)
+    )
+    lines = ["| asked of a kernel | answer |", "| --- | --- |"]
+    lines += [
+        f"| {name} | {'; '.join(f'no: {reason}' for reason in found) or 'yes'} |" for name, found in answers.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def cpu_caption(report: Report) -> str:
     """The machine, the versions, the commit and the command."""
     machine = report["machine"]
@@ -207,6 +263,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead": lambda: overhead_table(load_reports("overhead")),
     "gpu-performance": lambda: gpu_table(load_reports("gpu")),
     "kernels": kernel_table,
+    "kernel-answers": refusal_table,
 }
 
 
