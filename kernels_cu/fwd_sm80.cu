@@ -139,10 +139,9 @@ struct Forward {
     }
   }
 
-  // One tile of keys, and the one after it, if there is one. `step` counts from 0 and chooses K's buffer; is_whole: the
-  // bool mask removes nothing from the tile.
-  template <bool kMasked>
-  __device__ __forceinline__ void kv_step(int tile, int step, bool is_whole, bool has_next, int next) {
+  // One tile of keys, and the copy of the one after it, if there is one. `step` counts from 0 and chooses K's buffer;
+  // is_full: all keys take part for all rows, but for the bool mask; is_whole: that removes none of them.
+  __device__ __forceinline__ void kv_step(int tile, int step, bool is_full, bool is_whole, bool has_next, int next) {
     if constexpr (Traits::kAsync) isa::cp_async_wait<0>();
     isa::sync_threads();  // K(tile) has arrived; K and V of the last step, and Q, have been read
     copy_v(tile);
@@ -158,7 +157,7 @@ struct Forward {
     const int first_key = tile * Config::kBlockN;
     if constexpr (Config::kScaleFirst) scale_scores(s_frag, static_cast<float>(params.scale));
     if constexpr (ScoreFeatures<Config>::kAny) change_scores<Config>(s_frag, params, work, row, first_key, is_whole);
-    if constexpr (kMasked) mask_scores<Config>(s_frag, params, row, first_key);
+    if (!is_full) mask_scores<Config>(s_frag, params, row, first_key);
     online_softmax<Config::kScaleFirst>(s_frag, o_frag, state, scale_log2);
     if constexpr (Config::kDropout) drop_weights<Config>(s_frag, params, work, row, first_key);
 
@@ -196,11 +195,8 @@ extern "C" __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   for (int step = 0; tile >= tiles.begin; ++step) {
     const int next = marks.last_live(tile - 1, tiles.begin);
     const bool is_whole = marks.of(tile) == 2;
-    if (tiles.full_begin <= tile && tile < tiles.full_end) {
-      forward.kv_step<false>(tile, step, is_whole, next >= tiles.begin, next);
-    } else {
-      forward.kv_step<true>(tile, step, is_whole, next >= tiles.begin, next);
-    }
+    const bool is_full = tiles.full_begin <= tile && tile < tiles.full_end;
+    forward.kv_step(tile, step, is_full, is_whole, next >= tiles.begin, next);
     tile = next;
   }
   forward.finish();

@@ -209,7 +209,7 @@ __device__ __forceinline__ void drop_weights(float (&p_frag)[Config::kBlockN / 8
   const u64 seed = dropout_seed(scores);
   const u64 head = static_cast<u64>(work.batch) * params.num_heads_q + work.head;
   u32 dropped = 0;
-#pragma unroll 2
+#pragma unroll 1
   for (int n = 0; n < Config::kBlockN / 8; ++n) {
     const PhiloxWords drawn =
         dropout_words(seed, head, row_begin + acc_row(lane, 0), first_key + 8 * n + acc_column(lane, 0));

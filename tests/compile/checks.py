@@ -32,15 +32,14 @@ def faults(spec: KernelSpec, binary: Binary) -> Iterator[str]:
 
 
 def _tensor_core_faults(spec: FwdSpec, found: Resources) -> Iterator[str]:
-    """The step is there twice, masked and not: Q Kᵀ and P V each, unrolled, of a warp's 16 rows."""
+    """The step is there once: Q Kᵀ and P V, unrolled, of a warp's 16 rows."""
     tile = spec.tile
     steps_q_k, steps_p_v = spec.head_dim // 16, tile.block_n // 16
     products = steps_q_k * tile.block_n // 8 + steps_p_v * spec.head_dim_v // 8
     # mma.m16n8k16; sm_75 has m16n8k8 alone.
-    products *= 2 * (2 if spec.baseline == 75 else 1)
+    products *= 2 if spec.baseline == 75 else 1
     # ldmatrix gives four 8 by 8 matrices: two of K's or V's operands of a product, or Q's for a step.
-    loads = 2 * (steps_q_k * tile.block_n // 16 + steps_p_v * spec.head_dim_v // 16)
-    loads += steps_q_k * (1 if tile.q_in_registers else 2)
+    loads = steps_q_k * tile.block_n // 16 + steps_p_v * spec.head_dim_v // 16 + steps_q_k
     for opcode, expected in (("HMMA", products), ("LDSM", loads)):
         if found.opcodes.get(opcode, 0) != expected:
             yield f"it has {found.opcodes.get(opcode, 0)} {opcode}, expected {expected}"

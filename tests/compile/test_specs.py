@@ -54,7 +54,7 @@ def test_every_spec_is_another_text() -> None:
 
 SPEC = next(spec for spec in every_spec() if isinstance(spec, FwdSpec) and spec.head_dim == 64)
 STEPS, COLUMNS = SPEC.head_dim // 16, SPEC.tile.block_n // 8
-GOOD = Resources(168, 0, 0, 0, 1024, {"HMMA": 4 * STEPS * COLUMNS, "LDSM": 2 * STEPS * COLUMNS + STEPS})
+GOOD = Resources(168, 0, 0, 0, 1024, {"HMMA": 2 * STEPS * COLUMNS, "LDSM": STEPS * COLUMNS + STEPS})
 
 
 def faults_with(resources: Resources, notices: tuple[str, ...] = (), spec: FwdSpec = SPEC) -> list[str]:
@@ -71,8 +71,8 @@ def faults_with(resources: Resources, notices: tuple[str, ...] = (), spec: FwdSp
         ({"opcodes": {**GOOD.opcodes, "LDL": 2}}, "it has 2 loads from local memory"),
         ({"shared_bytes": 2048}, "it has 2048 bytes of static shared memory"),
         ({"registers": 65536 // SPEC.num_threads + 1}, "registers do not fit on an SM"),
-        ({"opcodes": {**GOOD.opcodes, "HMMA": 1}}, "it has 1 HMMA, expected 128"),
-        ({"opcodes": {"HMMA": GOOD.opcodes["HMMA"]}}, "it has 0 LDSM, expected 68"),
+        ({"opcodes": {**GOOD.opcodes, "HMMA": 1}}, "it has 1 HMMA, expected 64"),
+        ({"opcodes": {"HMMA": GOOD.opcodes["HMMA"]}}, "it has 0 LDSM, expected 36"),
     ],
 )
 def test_faults_are_found(changes: dict[str, object], fault: str) -> None:
@@ -87,7 +87,7 @@ def test_notices_are_faults() -> None:
 
 def test_sm75_takes_twice_as_many_products() -> None:
     turing = replace(SPEC, baseline=75)
-    assert faults_with(GOOD, spec=turing) == ["it has 128 HMMA, expected 256"]
+    assert faults_with(GOOD, spec=turing) == ["it has 64 HMMA, expected 128"]
 
 
 def test_a_kernel_that_is_refused_is_a_fault(nvrtc: tuple[int, int], tmp_path: Path) -> None:

@@ -347,14 +347,13 @@ def test_bad_exemptions_are_refused() -> None:
 @pytest.mark.parametrize(
     ("file", "code", "wrong"),
     [
-        ("fwd_sm80.cu", "forward.kv_step<false>(tile, step, has_next);", ";"),
-        ("fwd_sm80.cu", "forward.kv_step<true>(tile, step, has_next);", ";"),
-        ("fwd_sm80.cu", "copy_k((step + 1) % 2, tile - 1);", ";"),
+        ("fwd_sm80.cu", "tiles.full_begin <= tile && tile < tiles.full_end", "true"),
+        ("fwd_sm80.cu", "copy_k((step + 1) % 2, next);", ";"),
         ("fwd_sm80.cu", "exists ? panel_bytes[panel] : 0", "panel_bytes[panel]"),
         ("fwd_sm80.cu", "row_begin + row < num_rows && chunk < whole_chunks", "chunk < whole_chunks"),
         ("fwd_sm80.cu", "lane % 4 == 0 && row < FwdWork::num_rows<Config>(params)", "lane % 4 == 0"),
         ("fwd_sm80.cu, packed, split", "if (row >= FwdWork::num_rows<Config>(params)) continue;", ""),
-        ("fwd_sm80.cu, packed, split", "forward.kv_step<false>(tile, step, has_next);", ";"),
+        ("fwd_sm80.cu, packed, split", "tiles.full_begin <= tile && tile < tiles.full_end", "true"),
         ("fwd_sm80.cu, packed, split", "num_heads_q + head + row % pack)", "num_heads_q + head)"),
         ("fwd_sm80.cu, packed, split", "at_most(tiles.begin + share, tiles.end)", "tiles.end"),
         ("fwd_sm80.cu, sm_75", "isa::mma_m16n8k8(Element(), acc, a_frag[2], a_frag[3], b1);", ";"),
