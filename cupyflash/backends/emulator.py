@@ -285,7 +285,8 @@ class Function:
         if failed:
             raise EmulatorError(report.value.decode(errors="replace"))
         traffic = (Traffic(*numbers[i : i + 3]) for i in range(_NUM_SCALARS, _NUM_COUNTERS, 3))
-        return Counters(*numbers[:_NUM_SCALARS], *traffic)
+        blocks, switches, collectives, mma, wgmma, bulk = numbers[:_NUM_SCALARS]
+        return Counters(blocks, switches, collectives, mma, wgmma, bulk, *traffic)
 
 
 def _pack(name: str, index: int, value: Any) -> ctypes.Array[ctypes.c_char]:

@@ -54,9 +54,9 @@ def place_operand(
     """Writes the (rows, k) elements of a wgmma operand to where its descriptor says.
 
     PTX ISA, "Shared memory matrix layout" and "Strides".  Not transposed, eight rows of `swizzle` bytes along k are a
-    pattern, and `stride` leads to the next eight rows; without swizzle the rows have 16 bytes and `leading` leads to the
-    next 8 of k.  Transposed, a pattern has eight rows of `swizzle` bytes along m or n: `stride` leads to the next 8 of k
-    and `leading` to the next pattern along m or n.
+    pattern, and `stride` leads to the next eight rows; without swizzle the rows have 16 bytes and `leading` leads to
+    the next 8 of k.  Transposed, a pattern has eight rows of `swizzle` bytes along m or n: `stride` leads to the next
+    8 of k and `leading` to the next pattern along m or n.
     """
     linear = np.array(swizzled(shared, swizzle))  # where everything would be without swizzle
     span = swizzle or CHUNK

@@ -263,7 +263,7 @@ def test_one_wrong_row_of_a_swizzle_is_noticed(rng, monkeypatch, tmp_path, who):
     a, b, shared, numbers = operands(rng, np.float16, 64, False, False, 128)
     acc = np.zeros((128, 32), np.float32)
     runtime = emulator.ctypes.CDLL(str(broken := wrong_runtime(monkeypatch, tmp_path)))
-    good_path, good = emulator._default_runtime()
+    _, good = emulator._default_runtime()
     monkeypatch.setattr(emulator, "_default_runtime", lambda: (broken, runtime))
     for name in ("cupyflash_emulator_allocate", "cupyflash_emulator_free"):
         setattr(runtime, name, getattr(good, name))
