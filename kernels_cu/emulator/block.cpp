@@ -138,7 +138,7 @@ std::string deadlock_report(const Block& block) {
   return text + mbarrier_table(block) + register_table(block);
 }
 
-std::string unfinished_barrier_report(const Block& block) {
+std::string end_report(const Block& block) {
   for (int b = 0; b < kNamedBarriers; ++b) {
     const NamedBarrier& barrier = block.barriers[b];
     if (barrier.arrived == 0) continue;
@@ -146,7 +146,8 @@ std::string unfinished_barrier_report(const Block& block) {
            " unfinished: " + std::to_string(barrier.arrived) + " of " + std::to_string(barrier.expected) +
            " threads arrived";
   }
-  return unfinished_mbarrier_report(block);
+  const std::string report = unfinished_mbarrier_report(block);
+  return report.empty() ? uneven_registers_report(block) : report;
 }
 
 }  // namespace
@@ -208,7 +209,7 @@ bool Block::run(const Launch& launch_, Dim3 index_, std::uint64_t linear_index) 
   current = nullptr;
 
   if (!failed && !launch->stopped) {
-    report = alive > 0 ? deadlock_report(*this) : unfinished_barrier_report(*this);
+    report = alive > 0 ? deadlock_report(*this) : end_report(*this);
     failed = !report.empty();
   }
   if (!failed) {

@@ -44,6 +44,7 @@ struct Tile {
 // One that has not landed.
 struct BulkLoad {
   Tile tile;
+  Site site;
   Mbarrier* barrier;
 };
 

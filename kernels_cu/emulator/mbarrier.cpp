@@ -27,6 +27,12 @@ Mbarrier* find(Block& block, std::uint32_t address) {
 // Ends the phase if nothing is missing.
 void advance(Block& block, Mbarrier& barrier) {
   if (barrier.pending != 0 || barrier.bytes != 0) return;
+  for (const BulkLoad& load : block.loads) {
+    if (load.barrier != &barrier) continue;
+    fail(load.site,
+         "cp.async.bulk.tensor load: phase %lld of %s is complete before this load is (too few bytes announced?)",
+         static_cast<long long>(barrier.phase), name_of(barrier).c_str());
+  }
   // Who waited sees the arrivals' past and the loads.
   if (block.races.enabled()) {
     barrier.published.seen[barrier.identity] = load_time(block, barrier);

@@ -54,8 +54,8 @@ constexpr const char* name_of(AccessKind kind) {
 const char* cure_for(const Access& earlier, int warp) {
   if (earlier.lane == kInFlight) return "cp.async wait";
   if (earlier.warp >= kFirstMbarrier) return "mbarrier wait";
-  if (earlier.warp >= kFirstStore) return "bulk wait";
-  if (earlier.warp >= kFirstWarpgroup) return "wgmma wait";
+  if (earlier.warp >= kFirstStore) return "bulk wait or barrier";
+  if (earlier.warp >= kFirstWarpgroup) return "wgmma wait or barrier";
   return earlier.warp == warp ? "__syncwarp" : "barrier";
 }
 

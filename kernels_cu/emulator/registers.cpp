@@ -49,6 +49,18 @@ std::string register_table(const Block& block) {
   return text;
 }
 
+std::string uneven_registers_report(const Block& block) {
+  for (int w = 0; w < block.num_warps; ++w) {
+    const int first = w / kWarpgroupWarps * kWarpgroupWarps;
+    const auto& per_thread = block.registers.per_thread;
+    if (per_thread[w] == per_thread[first]) continue;
+    return "setmaxnreg: the warps of a warpgroup end with different numbers of registers: warp " +
+           std::to_string(first) + " has " + std::to_string(per_thread[first]) + ", warp " + std::to_string(w) + " " +
+           std::to_string(per_thread[w]);
+  }
+  return "";
+}
+
 void set_max_registers(int registers, bool increase, Site site) {
   const char* what = name_of(increase);
   collective(what, site, nullptr, [=](const auto&) -> bool {

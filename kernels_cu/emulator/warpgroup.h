@@ -78,6 +78,10 @@ struct RegisterPool {
   void reset(int num_warps);
 };
 
+// Lines of a deadlock report.
 std::string register_table(const Block& block);
+
+// What is wrong with the registers of a block that has ended; "" if nothing: a warpgroup changes them as a whole.
+std::string uneven_registers_report(const Block& block);
 
 }  // namespace emulator
