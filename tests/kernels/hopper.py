@@ -48,28 +48,61 @@ def tile_of(array: Array, at: tuple[int, ...], box: tuple[int, ...]) -> Array:
     return tile
 
 
-def place_operand(
-    shared: Array, matrix: Array, start: int, leading: int, stride: int, swizzle: int, transposed: bool
-) -> None:
-    """Writes the (rows, k) elements of a wgmma operand to where its descriptor says.
+def operand_offsets(rows: int, start: int, leading: int, stride: int, swizzle: int, transposed: bool) -> Array:
+    """The bytes at which the (rows, 16) elements of a wgmma operand lie, as its descriptor says.
 
     PTX ISA, "Shared memory matrix layout" and "Strides".  Not transposed, eight rows of `swizzle` bytes along k are a
     pattern, and `stride` leads to the next eight rows; without swizzle the rows have 16 bytes and `leading` leads to
     the next 8 of k.  Transposed, a pattern has eight rows of `swizzle` bytes along m or n: `stride` leads to the next
     8 of k and `leading` to the next pattern along m or n.
     """
-    linear = np.array(swizzled(shared, swizzle))  # where everything would be without swizzle
+    row, k = np.indices((rows, 16))
     span = swizzle or CHUNK
-    for row in range(matrix.shape[0]):
-        for k in range(matrix.shape[1]):
-            if transposed:
-                per_span = span // 2
-                offset = row // per_span * leading + k // 8 * stride + k % 8 * span + 2 * (row % per_span)
-            else:
-                along_k = 2 * k if swizzle else k // 8 * leading + 2 * (k % 8)
-                offset = row // 8 * stride + row % 8 * span + along_k
-            linear[start + offset : start + offset + 2] = matrix[row, k : k + 1].view(np.uint8)
-    shared[:] = swizzled(linear, swizzle)
+    if transposed:
+        linear = row // (span // 2) * leading + k // 8 * stride + k % 8 * span + 2 * (row % (span // 2))
+    else:
+        linear = row // 8 * stride + row % 8 * span + (2 * k if swizzle else k // 8 * leading + 2 * (k % 8))
+    linear += start
+    chunk = linear // CHUNK % 8
+    flipped = linear // LINE % 8 % max(1, swizzle // CHUNK)
+    return linear + CHUNK * ((chunk ^ flipped) - chunk)
+
+
+def place_operand(
+    shared: Array, matrix: Array, start: int, leading: int, stride: int, swizzle: int, transposed: bool
+) -> None:
+    """Writes the elements of a wgmma operand to where its descriptor says, in steps of 16 along k, 32 bytes apart."""
+    for step in range(matrix.shape[1] // 16):
+        offsets = operand_offsets(len(matrix), start + 32 * step, leading, stride, swizzle, transposed)
+        shared.view(np.uint16)[offsets // 2] = matrix[:, 16 * step : 16 * step + 16].view(np.uint16)
+
+
+def wgmma_operands(
+    rng: np.random.Generator, a: Array, b: Array, transpose_a: bool, transpose_b: bool, swizzle: int, gap: int = 0
+) -> tuple[Array, Array]:
+    """Shared memory with a (64, 16) and b (n, 16) in it, and the seven numbers by which the probes find them.
+
+    Patterns lie `gap` bytes apart.  The numbers: where b begins; leading, stride and swizzle of a, then of b.
+    """
+    span = swizzle or CHUNK
+    pattern = 8 * span + gap
+
+    def strides(rows: int, transposed: bool) -> tuple[int, int]:
+        if transposed:  # two patterns along k, one for each span along m or n
+            return 2 * pattern, pattern
+        return (16, pattern) if swizzle else (pattern * (rows // 8), pattern)
+
+    def end(rows: int, transposed: bool, start: int) -> int:
+        last = operand_offsets(rows, start, *strides(rows, transposed), swizzle, transposed).max()
+        return -(-int(last + 2) // 1024) * 1024
+
+    start_b = end(64, transpose_a, 0)
+    shared = rng.integers(0, 256, end(len(b), transpose_b, start_b), dtype=np.uint8)
+    place_operand(shared, a, 0, *strides(64, transpose_a), swizzle, transpose_a)
+    place_operand(shared, b, start_b, *strides(len(b), transpose_b), swizzle, transpose_b)
+    mode = OPERAND_SWIZZLE[swizzle]
+    numbers = [start_b, *strides(64, transpose_a), mode, *strides(len(b), transpose_b), mode]
+    return shared, np.array(numbers, np.uint32)
 
 
 def accumulator_places(n: int) -> tuple[Array, Array]:

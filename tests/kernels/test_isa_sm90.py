@@ -13,13 +13,13 @@ from cupyflash.build.host import build_runtime
 from cupyflash.build.source import kernels_folder
 from tests.kernels.harness import ALL_OPTIONS, HERE, probes, source_of
 from tests.kernels.hopper import (
-    OPERAND_SWIZZLE,
     a_fragments,
     accumulator_places,
     map_of,
     place_operand,
     swizzled,
     tile_of,
+    wgmma_operands,
 )
 
 pytestmark = pytest.mark.usefixtures("cxx")
@@ -121,27 +121,7 @@ def test_bulk_store(rng, shape, box, at, swizzle, options):
 def operands(rng, dtype, n, transpose_a, transpose_b, swizzle, gap=0):
     """Matrices a (64, 16) and b (n, 16), shared memory that holds them, and the numbers that the probes take."""
     a, b = (rng.standard_normal((rows, 16)).astype(dtype) for rows in (64, n))
-    span = swizzle or 16
-    pattern = 8 * span + gap
-
-    def strides(rows, transposed):
-        if transposed:  # along k, 2 patterns; along m or n, one for each span
-            return 2 * pattern, pattern
-        return (pattern * -(-rows // 8), pattern) if not swizzle else (16, pattern)
-
-    def size(rows, transposed):
-        leading, stride = strides(rows, transposed)
-        if transposed:
-            return leading * -(-2 * rows // span)
-        return rows // 8 * stride + (0 if swizzle else leading)
-
-    start_b = -(-size(64, transpose_a) // 1024) * 1024
-    shared = rng.integers(0, 256, -(-(start_b + size(n, transpose_b)) // 1024) * 1024, dtype=np.uint8)
-    place_operand(shared, a, 0, *strides(64, transpose_a), swizzle, transpose_a)
-    place_operand(shared, b, start_b, *strides(n, transpose_b), swizzle, transpose_b)
-    mode = OPERAND_SWIZZLE[swizzle]
-    numbers = [start_b, *strides(64, transpose_a), mode, *strides(n, transpose_b), mode]
-    return a, b, shared, np.array(numbers, np.uint32)
+    return a, b, *wgmma_operands(rng, a, b, transpose_a, transpose_b, swizzle, gap)
 
 
 def run_ss(module, name, shared, numbers, acc, accumulate, options=None):
