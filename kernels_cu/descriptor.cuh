@@ -2,7 +2,7 @@
 // matrix shared memory layout".
 #pragma once
 
-#include "types.cuh"
+#include "isa.cuh"
 
 // How rows of a tile are swizzled; the numbers are those of the descriptor. Tensor maps have numbers of their own.
 enum class OperandSwizzle : u32 { kNone = 0, k128 = 1, k64 = 2, k32 = 3 };

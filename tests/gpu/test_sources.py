@@ -9,7 +9,6 @@ import pytest
 from cupyflash.build.cache import Cache
 from cupyflash.build.nvrtc import compile_cubin
 from tests.gpu import test_streams, test_unknowns
-from tests.kernels.conftest import nvrtc  # noqa: F401  a fixture
 from tests.kernels.harness import source_of
 
 

@@ -112,6 +112,10 @@ def test_one_wrong_result_is_noticed(recording: Recording, name: str) -> None:
         written = np.flatnonzero(words.ravel() != probe.outputs[output].ravel())
         if probe.rules.get(output) is same_values:
             written = written[~np.isnan(words.ravel()[written].view(np.float32))]
+        floats = [place for place in written if is_float(probe, output, place)]
+        if len(floats) == len(written):  # sums that nearly cancel may move far within the rule
+            sizes = np.abs(words.ravel()[written].view(np.float32))
+            written = written[sizes >= np.median(sizes)]
         assert written.size, f"{output} is not written"
         for place in (written[0], written[-1]):
             wrong = {**right, output: words.copy()}
