@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from cupyflash.backends.emulator import EmulatorError, Module, Options, guarded_array, guarded_copy
+from cupyflash.build.cache import Cache
+from cupyflash.build.nvrtc import compile_cubin
 from tests.kernels.harness import ALL_OPTIONS, compiled, line_of, source_of
 from tests.kernels.hopper import map_of
 from tests.kernels.mutation import mutants
@@ -306,3 +308,13 @@ def test_registers_that_nobody_gives_back():
     maps = [map_of(array, (1, SIZE, SIZE)) for array in (x, x, out)]
     with pytest.raises(EmulatorError, match=r"(?s)deadlock.*has 168 registers for each thread, wants 256, 0 are free"):
         kernel((1,), (384,), (*maps, np.int32(ROUNDS), np.int32(TILES)), shared_mem=SHARED_BYTES)
+
+
+@pytest.mark.usefixtures("nvrtc")
+def test_the_kernel_compiles_for_the_device(tmp_path):
+    """Products that go on by themselves: the compiler says so when it cannot keep them so."""
+    binary = compile_cubin(source_of(KERNEL), "sm_90a", Cache(tmp_path))
+    assert binary.notices == ()
+    resources = binary.resources["pipeline"]
+    assert resources.stack_bytes == resources.spill_stores == resources.spill_loads == 0
+    assert {"HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "STSM"} <= set(resources.opcodes)
