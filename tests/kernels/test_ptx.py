@@ -348,7 +348,7 @@ def instructions(body, parameters):
 def test_instruction(ptx, wrapper):
     parameters, _, expected = WRAPPERS[wrapper]
     (found,) = instructions(ptx[wrapper], parameters)
-    pattern = re.escape(expected).replace(re.escape("{any}"), r"(?:%\w+|out\[\d+\]|\w+)")
+    pattern = re.escape(" ".join(expected.split())).replace(re.escape("{any}"), r"(?:%\w+|out\[\d+\]|\w+)")
     assert re.fullmatch(pattern, " ".join(found.split())), f"{found}\n{expected}"
 
 
