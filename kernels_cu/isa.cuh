@@ -12,6 +12,9 @@
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #include "isa_sm90.cuh"
 #endif
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#include "isa_sm90a.cuh"
+#endif
 #else
 #include "emulator/isa_host.h"
 #endif

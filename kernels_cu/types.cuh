@@ -22,3 +22,9 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 // Where a Config names elements that are not there.
 struct NoMask {};
+
+// A tensor map: what bulk copies of tiles know of an array in global memory. Made by the driver (under the emulator, a
+// plain struct: cupyflash/backends/tensormap.py makes both) and passed as `const __grid_constant__ TensorMap`.
+struct alignas(128) TensorMap {
+  u64 opaque[16];
+};

@@ -105,6 +105,8 @@ class Counters:
     switches: int
     collectives: int
     mma: int
+    wgmma: int
+    bulk: int
     ld_shared: Traffic
     st_shared: Traffic
     ldmatrix: Traffic
@@ -134,7 +136,7 @@ class _Kernel(ctypes.Structure):
     )
 
 
-_NUM_SCALARS = 4
+_NUM_SCALARS = 6
 _NUM_COUNTERS = _NUM_SCALARS + 3 * 8
 _REPORT_BYTES = 16384
 
@@ -282,9 +284,9 @@ class Function:
         )
         if failed:
             raise EmulatorError(report.value.decode(errors="replace"))
-        blocks, switches, collectives, mma = numbers[:_NUM_SCALARS]
         traffic = (Traffic(*numbers[i : i + 3]) for i in range(_NUM_SCALARS, _NUM_COUNTERS, 3))
-        return Counters(blocks, switches, collectives, mma, *traffic)
+        blocks, switches, collectives, mma, wgmma, bulk = numbers[:_NUM_SCALARS]
+        return Counters(blocks, switches, collectives, mma, wgmma, bulk, *traffic)
 
 
 def _pack(name: str, index: int, value: Any) -> ctypes.Array[ctypes.c_char]:

@@ -194,6 +194,11 @@ OPCODES = {
     0x03C: "HMMA",
     0x03B: "LDSM",
     0x044: "STSM",
+    # Hopper: wgmma, bulk copies of tiles, setmaxnreg.
+    0x1F0: "HGMMA",
+    0x1B4: "UTMALDG",
+    0x1B5: "UTMASTG",
+    0x1C8: "USETMAXREG",
     # Arithmetic in float32 and float64; MUFU: exp2, log2, reciprocal; F2FP: two floats rounded to 16 bits each.
     0x020: "FMUL",
     0x021: "FADD",

@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "mbarrier.h"
 #include "numeric.h"
 
 namespace emulator {
@@ -19,6 +20,7 @@ std::byte* shared_bytes(const char* what, std::uint32_t address, std::uint32_t b
     fail(site, "%s: %u bytes at shared%+lld are outside the block's %u bytes of shared memory", what, bytes,
          static_cast<long long>(address) - kSharedBase, available);
   }
+  check_no_mbarrier(what, address, bytes, site);
   return block.shared + (address - kSharedBase);
 }
 
@@ -29,6 +31,18 @@ void note_shared(AccessKind kind, std::uint8_t lane, std::uint32_t address, std:
   char report[512];
   if (!block.races.access(block.clock_of(me), me.warp_index, lane, kind, address - kSharedBase, bytes, site, report,
                           sizeof report)) {
+    fail(site, "%s", report);
+  }
+}
+
+void note_async(AccessKind kind, std::uint8_t lane, int identity, std::uint32_t when, std::uint32_t address,
+                std::uint32_t bytes, Site site) {
+  const Thread& me = current_thread();
+  Block& block = *me.block;
+  if (!block.races.enabled()) return;
+  char report[512];
+  if (!block.races.access_async(block.clock_of(me), me.warp_index, lane, identity, when, kind, address - kSharedBase,
+                                bytes, site, report, sizeof report)) {
     fail(site, "%s", report);
   }
 }

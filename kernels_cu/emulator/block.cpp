@@ -20,6 +20,8 @@ namespace {
 // under kPriority are rarer: PCT wants few of them.
 constexpr std::uint32_t kPreemptOneIn = 256;
 constexpr std::uint32_t kDemoteOneIn = 512;
+// And at one choice of a thread in so many a bulk load lands; else they land when nothing can run.
+constexpr std::uint32_t kLandOneIn = 8;
 
 // Shared memory starts the way it does on the device: with whatever was there. All ones is a NaN in every
 // format.
@@ -65,7 +67,15 @@ Thread* take_lane(Block& block, Warp& warp) {
 
 Thread* pick(Block& block) {
   if (block.launch->stopped.load(std::memory_order_relaxed)) return nullptr;
-  const int w = pick_warp(block);
+  if (!block.loads.empty() && block.launch->options.schedule != Schedule::kFifo &&
+      block.random.below(kLandOneIn) == 0) {
+    land_bulk_load(block, block.random.below(static_cast<std::uint32_t>(block.loads.size())));
+  }
+  int w = pick_warp(block);
+  while (w < 0 && !block.loads.empty()) {
+    land_bulk_load(block, 0);
+    w = pick_warp(block);
+  }
   if (w < 0) return nullptr;
   block.last_warp = w;
   return take_lane(block, block.warps[w]);
@@ -92,6 +102,8 @@ void run_thread() {
   if (!me.copies.empty()) {
     fail(me.activity.site, "the thread exits with %zu cp.async operations it has not waited for", me.copies.size());
   }
+  finish_bulk_stores();
+  finish_warpgroup();
   me.exited = true;
   me.warp->alive &= ~(1u << me.lane_index);
   --block.alive;
@@ -123,10 +135,10 @@ std::string deadlock_report(const Block& block) {
     text += "  barrier " + std::to_string(b) + ": " + std::to_string(barrier.arrived) + " of " +
             std::to_string(barrier.expected) + " threads arrived\n";
   }
-  return text;
+  return text + mbarrier_table(block) + register_table(block);
 }
 
-std::string unfinished_barrier_report(const Block& block) {
+std::string end_report(const Block& block) {
   for (int b = 0; b < kNamedBarriers; ++b) {
     const NamedBarrier& barrier = block.barriers[b];
     if (barrier.arrived == 0) continue;
@@ -134,12 +146,14 @@ std::string unfinished_barrier_report(const Block& block) {
            " unfinished: " + std::to_string(barrier.arrived) + " of " + std::to_string(barrier.expected) +
            " threads arrived";
   }
-  return "";
+  const std::string report = unfinished_mbarrier_report(block);
+  return report.empty() ? uneven_registers_report(block) : report;
 }
 
 }  // namespace
 
 Block::Block() : threads(new Thread[kMaxThreads]) {
+  mbarriers.reserve(kMaxMbarriers);
   void* mapping = mmap(nullptr, kMaxSharedBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapping == MAP_FAILED) throw std::bad_alloc();
   shared = static_cast<std::byte*>(mapping);
@@ -160,13 +174,19 @@ bool Block::run(const Launch& launch_, Dim3 index_, std::uint64_t linear_index) 
   stacks.grow(num_threads);
   std::memset(shared, kPoison, launch->shared_bytes);
   barriers.fill(NamedBarrier{});
+  mbarriers.clear();
+  loads.clear();
+  elected_lane = launch->options.schedule == Schedule::kFifo ? 0 : static_cast<int>(launch->options.seed % kWarpSize);
   races.begin_block(clocks.data(), num_warps);
+  for (Warpgroup& group : warpgroups) group.reset();
+  registers.reset(num_warps);
   for (int w = 0; w < num_warps; ++w) {
     Warp& warp = warps[w];
     warp.index = w;
     warp.alive = warp.ready = kAllLanes;
     warp.priority = random.next();
     warp.rendezvous.arrived = 0;
+    warp.bulk_stores = 0;
     warp.accesses.reset();
   }
   for (int t = 0; t < num_threads; ++t) {
@@ -178,6 +198,7 @@ bool Block::run(const Launch& launch_, Dim3 index_, std::uint64_t linear_index) 
     thread.activity = {};
     thread.copies.clear();
     thread.copy_groups.clear();
+    thread.stores.reset();
     prepare(thread.context, stacks.bottom(t), t, run_thread);
   }
 
@@ -188,7 +209,7 @@ bool Block::run(const Launch& launch_, Dim3 index_, std::uint64_t linear_index) 
   current = nullptr;
 
   if (!failed && !launch->stopped) {
-    report = alive > 0 ? deadlock_report(*this) : unfinished_barrier_report(*this);
+    report = alive > 0 ? deadlock_report(*this) : end_report(*this);
     failed = !report.empty();
   }
   if (!failed) {

@@ -13,9 +13,12 @@
 #include <vector>
 
 #include "api.h"
+#include "bulk.h"
 #include "counters.h"
 #include "fiber.h"
+#include "mbarrier.h"
 #include "race.h"
+#include "warpgroup.h"
 
 namespace emulator {
 
@@ -66,6 +69,7 @@ struct Thread : Identity {
   Activity activity;
   std::vector<PendingCopy> copies;         // in the order of issue
   std::vector<std::uint32_t> copy_groups;  // each group's end in `copies`
+  BulkStores stores;
   Context context;
 };
 
@@ -83,6 +87,7 @@ struct Warp {
   std::uint64_t priority = 0;
   Rendezvous rendezvous;
   AccessCounter accesses;
+  int bulk_stores = 0;  // issued by its lanes
 };
 
 struct NamedBarrier {
@@ -142,6 +147,11 @@ struct Block {
   std::array<Warp, kMaxWarps> warps;
   std::array<Clock, kMaxWarps> clocks;
   std::array<NamedBarrier, kNamedBarriers> barriers;
+  std::vector<Mbarrier> mbarriers;  // never reallocated: threads that wait hold references
+  std::vector<BulkLoad> loads;      // that have not landed, in the order of issue
+  std::array<Warpgroup, kMaxWarpgroups> warpgroups;
+  RegisterPool registers;
+  int elected_lane = 0;
   std::byte* shared = nullptr;  // what address kSharedBase names
   RaceDetector races;
   Counters counters;

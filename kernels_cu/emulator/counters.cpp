@@ -35,6 +35,8 @@ void Counters::add(const Counters& other) {
   switches += other.switches;
   collectives += other.collectives;
   mma += other.mma;
+  wgmma += other.wgmma;
+  bulk += other.bulk;
   add_traffic(ld_shared, other.ld_shared);
   add_traffic(st_shared, other.st_shared);
   add_traffic(ldmatrix, other.ldmatrix);

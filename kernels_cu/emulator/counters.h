@@ -28,6 +28,8 @@ struct Counters {
   std::uint64_t switches = 0;     // from one thread to another
   std::uint64_t collectives = 0;  // instructions of a whole warp
   std::uint64_t mma = 0;
+  std::uint64_t wgmma = 0;  // counted for each warp
+  std::uint64_t bulk = 0;   // loads and stores of tiles
   Traffic ld_shared;
   Traffic st_shared;
   Traffic ldmatrix;

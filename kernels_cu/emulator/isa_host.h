@@ -1,4 +1,4 @@
-// The functions of isa_sm80.cuh and isa_sm90.cuh for a host compiler, in the same order: each asks the
+// The functions of isa_sm80.cuh, isa_sm90.cuh and isa_sm90a.cuh for a host compiler, in the same order: each asks the
 // emulator for what the instruction does. What the functions mean is said there, not here.
 //
 // The last parameter of an instruction that can be used wrongly is the place in the kernel that used it;
@@ -249,6 +249,99 @@ inline void stmatrix_x2_trans(u32 row, const u32 (&frag)[2], Site site = Site::h
 }
 inline void stmatrix_x4_trans(u32 row, const u32 (&frag)[4], Site site = Site::here()) {
   emulator::store_matrices(row, frag, 4, true, site);
+}
+
+inline bool elect_one(Site site = Site::here()) { return emulator::elect(site); }
+
+inline void mbarrier_init(u32 barrier, u32 count, Site site = Site::here()) {
+  emulator::mbarrier_init(barrier, count, site);
+}
+inline void mbarrier_arrive(u32 barrier, Site site = Site::here()) { emulator::mbarrier_arrive(barrier, site); }
+inline void mbarrier_arrive_expect_tx(u32 barrier, u32 bytes, Site site = Site::here()) {
+  emulator::mbarrier_arrive_expect_tx(barrier, bytes, site);
+}
+inline void mbarrier_wait(u32 barrier, u32 parity, Site site = Site::here()) {
+  emulator::mbarrier_wait(barrier, parity, site);
+}
+inline void fence_mbarrier_init(Site site = Site::here()) { emulator::fence_mbarrier_init(site); }
+inline void fence_proxy_async(Site site = Site::here()) { emulator::fence_proxy_async(site); }
+
+inline void prefetch_tensor_map(const TensorMap* map, Site site = Site::here()) {
+  emulator::prefetch_tensor_map(map, site);
+}
+inline u64 l2_evict_first() { return 0; }
+inline u64 l2_evict_normal() { return 0; }
+inline u64 l2_evict_last() { return 0; }
+inline void bulk_load(u32 destination, const TensorMap* map, u32 barrier, u64 l2_policy, int c0, int c1, int c2,
+                      Site site = Site::here()) {
+  (void)l2_policy;
+  const int coordinates[] = {c0, c1, c2};
+  emulator::bulk_load(destination, map, barrier, 3, coordinates, site);
+}
+inline void bulk_load(u32 destination, const TensorMap* map, u32 barrier, u64 l2_policy, int c0, int c1, int c2, int c3,
+                      Site site = Site::here()) {
+  (void)l2_policy;
+  const int coordinates[] = {c0, c1, c2, c3};
+  emulator::bulk_load(destination, map, barrier, 4, coordinates, site);
+}
+inline void bulk_load(u32 destination, const TensorMap* map, u32 barrier, u64 l2_policy, int c0, int c1, int c2, int c3,
+                      int c4, Site site = Site::here()) {
+  (void)l2_policy;
+  const int coordinates[] = {c0, c1, c2, c3, c4};
+  emulator::bulk_load(destination, map, barrier, 5, coordinates, site);
+}
+inline void bulk_store(const TensorMap* map, u32 source, int c0, int c1, int c2, Site site = Site::here()) {
+  const int coordinates[] = {c0, c1, c2};
+  emulator::bulk_store(map, source, 3, coordinates, site);
+}
+inline void bulk_store(const TensorMap* map, u32 source, int c0, int c1, int c2, int c3, Site site = Site::here()) {
+  const int coordinates[] = {c0, c1, c2, c3};
+  emulator::bulk_store(map, source, 4, coordinates, site);
+}
+inline void bulk_store(const TensorMap* map, u32 source, int c0, int c1, int c2, int c3, int c4,
+                       Site site = Site::here()) {
+  const int coordinates[] = {c0, c1, c2, c3, c4};
+  emulator::bulk_store(map, source, 5, coordinates, site);
+}
+inline void bulk_commit(Site site = Site::here()) { emulator::bulk_commit(site); }
+template <int kPending>
+inline void bulk_wait(Site site = Site::here()) {
+  emulator::bulk_wait(kPending, /*only_reads=*/false, site);
+}
+template <int kPending>
+inline void bulk_wait_read(Site site = Site::here()) {
+  emulator::bulk_wait(kPending, /*only_reads=*/true, site);
+}
+inline void nanosleep(u32 nanoseconds) { emulator::nanosleep(nanoseconds); }
+
+inline void wgmma_fence(Site site = Site::here()) { emulator::wgmma_fence(site); }
+inline void wgmma_commit(Site site = Site::here()) { emulator::wgmma_commit(site); }
+template <int kPending>
+inline void wgmma_wait(Site site = Site::here()) {
+  emulator::wgmma_wait(kPending, site);
+}
+
+inline emulator::Format format_of(Float16) { return emulator::Format::kFloat16; }
+inline emulator::Format format_of(BFloat16) { return emulator::Format::kBFloat16; }
+template <int kTransposeA, int kTransposeB, class Element, int kRegisters>
+inline void wgmma_ss(Element, float (&acc)[kRegisters], u64 a, u64 b, bool accumulate, Site site = Site::here()) {
+  static_assert(kRegisters % 8 == 0 && kRegisters <= 128, "N is a multiple of 16 up to 256");
+  emulator::wgmma(format_of(Element()), acc, kRegisters, nullptr, a, b, accumulate, kTransposeA, kTransposeB, site);
+}
+template <int kTransposeB, class Element, int kRegisters>
+inline void wgmma_rs(Element, float (&acc)[kRegisters], const u32 (&a)[4], u64 b, bool accumulate,
+                     Site site = Site::here()) {
+  static_assert(kRegisters % 8 == 0 && kRegisters <= 128, "N is a multiple of 16 up to 256");
+  emulator::wgmma(format_of(Element()), acc, kRegisters, a, 0, b, accumulate, false, kTransposeB, site);
+}
+
+template <int kRegisters>
+inline void setmaxnreg_dec(Site site = Site::here()) {
+  emulator::set_max_registers(kRegisters, /*increase=*/false, site);
+}
+template <int kRegisters>
+inline void setmaxnreg_inc(Site site = Site::here()) {
+  emulator::set_max_registers(kRegisters, /*increase=*/true, site);
 }
 
 }  // namespace isa

@@ -1,5 +1,6 @@
 #include "race.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 
@@ -10,6 +11,16 @@ namespace emulator {
 namespace {
 
 constexpr bool is_write(AccessKind kind) {
+  return kind == AccessKind::kStore || kind == AccessKind::kCopy || kind == AccessKind::kStoreMatrix ||
+         kind == AccessKind::kInitBarrier || kind == AccessKind::kBulkLoad;
+}
+
+constexpr bool is_asynchronous(AccessKind kind) {
+  return kind == AccessKind::kBulkLoad || kind == AccessKind::kBulkStore || kind == AccessKind::kMultiply;
+}
+
+// Written by instructions that fence.proxy.async orders before asynchronous ones.
+constexpr bool is_generic_write(AccessKind kind) {
   return kind == AccessKind::kStore || kind == AccessKind::kCopy || kind == AccessKind::kStoreMatrix;
 }
 
@@ -25,38 +36,68 @@ constexpr const char* name_of(AccessKind kind) {
       return "ldmatrix";
     case AccessKind::kStoreMatrix:
       return "stmatrix";
+    case AccessKind::kInitBarrier:
+      return "mbarrier.init";
+    case AccessKind::kUseBarrier:
+      return "mbarrier instruction";
+    case AccessKind::kBulkLoad:
+      return "bulk load";
+    case AccessKind::kBulkStore:
+      return "bulk store";
+    case AccessKind::kMultiply:
+      return "wgmma";
   }
   return "access";
 }
 
-inline bool is_ordered(const Access& earlier, const Clock& clock, int warp, std::uint8_t lane) {
+// What is missing between an earlier access and one by `warp`.
+const char* cure_for(const Access& earlier, int warp) {
+  if (earlier.lane == kInFlight) return "cp.async wait";
+  if (earlier.warp >= kFirstMbarrier) return "mbarrier wait";
+  if (earlier.warp >= kFirstStore) return "bulk wait or barrier";
+  if (earlier.warp >= kFirstWarpgroup) return "wgmma wait or barrier";
+  return earlier.warp == warp ? "__syncwarp" : "barrier";
+}
+
+}  // namespace
+
+inline bool RaceDetector::is_ordered(const Access& earlier, const Clock& clock, int warp, std::uint8_t lane) const {
   if (earlier.clock == 0) return true;
   if (earlier.lane == kInFlight) return false;
   if (earlier.warp != warp) return clock.seen[earlier.warp] >= earlier.clock;
-  if (earlier.clock < clock.seen[warp]) return true;
+  if (earlier.clock < lanes_clock_[warp]) return true;
   // A collective runs when all lanes have come to it, so reads before it are over, and so are its own when it
   // is.
   if (!is_write(earlier.kind) && (earlier.lane == kWholeWarp || lane == kWholeWarp)) return true;
   return earlier.lane == lane && lane != kWholeWarp;
 }
 
-}  // namespace
+inline bool RaceDetector::is_fenced(const Word& word) const {
+  if (word.dirty <= past_fences_) return true;
+  const auto& fences = last_fence_[word.write.warp];
+  if (word.write.lane < kWholeWarp) return fences[word.write.lane] > word.dirty;
+  return *std::min_element(fences.begin(), fences.end()) > word.dirty;
+}
 
 void RaceDetector::reset(bool enabled, std::uint32_t shared_bytes) {
   enabled_ = enabled;
   latest_clock_ = 1;
+  fences_ = 1;
   words_.assign(enabled ? (shared_bytes + 3) / 4 : 0, Word{});
   sites_.assign(enabled ? kSites : 0, Site{});
 }
 
 void RaceDetector::begin_block(Clock* clocks, int num_warps) {
   if (!enabled_) return;
-  const std::uint32_t past = latest_clock_;
-  latest_clock_ = past + 1;
+  past_ = latest_clock_;
+  latest_clock_ = past_ + 1;
   for (int w = 0; w < num_warps; ++w) {
-    clocks[w].seen.fill(past);
+    clocks[w].seen.fill(past_);
     clocks[w].seen[w] = latest_clock_;
   }
+  lanes_clock_.fill(latest_clock_);
+  past_fences_ = fences_++;
+  for (auto& lanes : last_fence_) lanes.fill(0);
 }
 
 // A hash table that never fills up in practice: a kernel has far fewer instructions that touch shared memory.
@@ -80,40 +121,78 @@ bool RaceDetector::access(const Clock& clock, int warp, std::uint8_t lane, Acces
   mine.lane = kind == AccessKind::kCopy ? kInFlight : lane;
   mine.kind = kind;
   mine.site = site_index(site);
+  return note(clock, warp, lane, mine, offset, bytes, report, report_bytes);
+}
 
-  const auto complain = [&](std::uint32_t word, const Access& earlier) {
+bool RaceDetector::access_async(const Clock& clock, int warp, std::uint8_t lane, int identity, std::uint32_t when,
+                                AccessKind kind, std::uint32_t offset, std::uint32_t bytes, Site site, char* report,
+                                std::size_t report_bytes) {
+  if (!enabled_) return true;
+  reach(when);
+  Access mine;
+  mine.clock = when;
+  mine.warp = static_cast<std::uint8_t>(identity);
+  mine.lane = kWholeWarp;
+  mine.kind = kind;
+  mine.site = site_index(site);
+  return note(clock, warp, lane, mine, offset, bytes, report, report_bytes);
+}
+
+bool RaceDetector::note(const Clock& clock, int warp, std::uint8_t lane, Access mine, std::uint32_t offset,
+                        std::uint32_t bytes, char* report, std::size_t report_bytes) {
+  const AccessKind kind = mine.kind;
+  const bool asynchronous = is_asynchronous(kind);
+
+  // "the st.shared by warp 3 lane 5 at fwd_sm90.cu:100"
+  const auto describe = [&](const Access& earlier, char (&text)[256]) {
     const Site other = sites_[earlier.site];
-    char lane_text[24] = "";
-    if (earlier.lane < kWholeWarp) std::snprintf(lane_text, sizeof lane_text, " lane %d", earlier.lane);
-    const char* cure = earlier.lane == kInFlight ? "cp.async wait" : earlier.warp == warp ? "__syncwarp" : "barrier";
-    std::snprintf(report, report_bytes,
-                  "shared-memory race: %s of shared+0x%x is not ordered after the %s by warp %d%s at %s:%d "
-                  "(missing %s?)",
-                  name_of(kind), word * 4, name_of(earlier.kind), earlier.warp, lane_text, base_name(other.file),
-                  other.line, cure);
+    char who[40] = "";
+    if (earlier.warp < kMaxWarps && earlier.lane < kWholeWarp) {
+      std::snprintf(who, sizeof who, " by warp %d lane %d", earlier.warp, earlier.lane);
+    } else if (earlier.warp < kMaxWarps) {
+      std::snprintf(who, sizeof who, " by warp %d", earlier.warp);
+    }
+    std::snprintf(text, sizeof text, "the %s%s at %s:%d", name_of(earlier.kind), who, base_name(other.file),
+                  other.line);
+  };
+  const auto complain = [&](std::uint32_t word, const Access& earlier) {
+    char text[256];
+    describe(earlier, text);
+    std::snprintf(report, report_bytes, "shared-memory race: %s of shared+0x%x is not ordered after %s (missing %s?)",
+                  name_of(kind), word * 4, text, cure_for(earlier, warp));
     return false;
   };
 
   for (std::uint32_t w = offset / 4; w < (offset + bytes + 3) / 4; ++w) {
     Word& word = words_[w];
     if (!is_ordered(word.write, clock, warp, lane)) return complain(w, word.write);
+    if (asynchronous && !is_fenced(word)) {
+      char text[256];
+      describe(word.write, text);
+      std::snprintf(report, report_bytes,
+                    "%s of shared+0x%x: %s is not visible to it (missing fence_proxy_async by the writing threads?)",
+                    name_of(kind), w * 4, text);
+      return false;
+    }
     if (is_write(kind)) {
       for (const Access& read : word.reads) {
         if (read.clock == 0) break;
         if (!is_ordered(read, clock, warp, lane)) return complain(w, read);
       }
       word.write = mine;
+      word.dirty = is_generic_write(kind) ? fences_ : 0;
       word.reads[0].clock = 0;
       continue;
     }
     // A read: replaces this warp's earlier one, which any writer ordered after this one is ordered after as
     // well.
     int slot = 0;
-    while (slot < kReaders - 1 && word.reads[slot].clock != 0 && word.reads[slot].warp != warp) ++slot;
+    while (slot < kReaders - 1 && word.reads[slot].clock != 0 && word.reads[slot].warp != mine.warp) ++slot;
     Access& read = word.reads[slot];
     const bool was_free = read.clock == 0;
-    if (!was_free && read.warp == warp && read.clock == mine.clock) {
-      if (read.lane != lane && lane != kWholeWarp) read.lane = read.lane == kWholeWarp ? lane : kSeveralLanes;
+    if (!was_free && read.warp == mine.warp && read.clock == mine.clock) {
+      if (!asynchronous && read.lane != lane && lane != kWholeWarp)
+        read.lane = read.lane == kWholeWarp ? lane : kSeveralLanes;
       continue;
     }
     read = mine;
@@ -127,6 +206,7 @@ void RaceDetector::land(const Clock& clock, int warp, std::uint8_t lane, std::ui
   for (std::uint32_t w = offset / 4; w < (offset + bytes + 3) / 4; ++w) {
     words_[w].write.lane = lane;
     words_[w].write.clock = clock.seen[warp];
+    words_[w].dirty = fences_;
   }
 }
 
@@ -140,10 +220,27 @@ void RaceDetector::acquire(Clock& clock, const Clock& published) {
   if (enabled_) clock.join(published);
 }
 
+void RaceDetector::release_lane(Clock& clock, int warp, Clock& published) {
+  if (!enabled_) return;
+  published.join(clock);
+  reach(++clock.seen[warp]);
+}
+
+void RaceDetector::acquire_lane(Clock& clock, int warp, const Clock& published) {
+  if (!enabled_) return;
+  clock.join(published);
+  lanes_clock_[warp] = std::max(lanes_clock_[warp], published.seen[warp] + 1);
+}
+
 void RaceDetector::order_lanes(Clock& clock, int warp) {
   if (!enabled_) return;
-  ++clock.seen[warp];
-  if (latest_clock_ < clock.seen[warp]) latest_clock_ = clock.seen[warp];
+  reach(++clock.seen[warp]);
+  lanes_clock_[warp] = clock.seen[warp];
+}
+
+void RaceDetector::fence_proxy(int warp, int lane) {
+  if (!enabled_) return;
+  last_fence_[warp][lane] = ++fences_;
 }
 
 }  // namespace emulator

@@ -13,6 +13,13 @@
 //
 // A destination of cp.async is written by nobody in particular until the copying thread has waited for it: an
 // access in between races with the copy even from the same thread.
+//
+// What a warp starts and what then goes on by itself has an identity of its own in the clocks: the wgmmas of a
+// warpgroup, the bulk stores of a warp, the bulk loads that complete at one mbarrier. Only the matching wait brings
+// that identity's number into a warp's clock.
+//
+// Words also remember whether their last write came through the generic proxy (st.shared, stmatrix, cp.async) and
+// whether the writer has executed fence.proxy.async since: wgmma and bulk copies must not touch them before.
 #pragma once
 
 #include <array>
@@ -25,12 +32,20 @@
 namespace emulator {
 
 constexpr int kMaxWarps = 32;
+constexpr int kMaxWarpgroups = kMaxWarps / 4;
+constexpr int kMaxMbarriers = 56;
+
+// Who has a number in the clocks: warps, and what goes on by itself.
+constexpr int kFirstWarpgroup = kMaxWarps;                     // the wgmmas of a warpgroup
+constexpr int kFirstStore = kFirstWarpgroup + kMaxWarpgroups;  // the bulk stores of a warp
+constexpr int kFirstMbarrier = kFirstStore + kMaxWarps;        // the bulk loads that complete at an mbarrier
+constexpr int kIdentities = kFirstMbarrier + kMaxMbarriers;
 
 struct Clock {
-  std::array<std::uint32_t, kMaxWarps> seen{};
+  std::array<std::uint32_t, kIdentities> seen{};
 
   void join(const Clock& other) {
-    for (int i = 0; i < kMaxWarps; ++i) {
+    for (int i = 0; i < kIdentities; ++i) {
       if (seen[i] < other.seen[i]) seen[i] = other.seen[i];
     }
   }
@@ -41,11 +56,22 @@ constexpr std::uint8_t kWholeWarp = 32;     // one instruction of all lanes
 constexpr std::uint8_t kSeveralLanes = 33;  // the same read by more than one lane
 constexpr std::uint8_t kInFlight = 34;      // a cp.async nobody has waited for
 
-enum class AccessKind : std::uint8_t { kLoad, kStore, kCopy, kLoadMatrix, kStoreMatrix };
+enum class AccessKind : std::uint8_t {
+  kLoad,
+  kStore,
+  kCopy,
+  kLoadMatrix,
+  kStoreMatrix,
+  kInitBarrier,  // mbarrier.init
+  kUseBarrier,   // every other instruction on an mbarrier; those are not accesses to each other
+  kBulkLoad,
+  kBulkStore,
+  kMultiply,  // wgmma reads its operands
+};
 
 struct Access {
   std::uint32_t clock = 0;  // 0: none; warps start at 1
-  std::uint8_t warp = 0;
+  std::uint8_t warp = 0;    // or another identity
   std::uint8_t lane = 0;
   AccessKind kind = AccessKind::kLoad;
   std::uint8_t unused = 0;
@@ -66,12 +92,28 @@ class RaceDetector {
   bool access(const Clock& clock, int warp, std::uint8_t lane, AccessKind kind, std::uint32_t offset,
               std::uint32_t bytes, Site site, char* report, std::size_t report_bytes);
 
+  // The same for an access that goes on by itself: the warp starts it, `identity` makes it at its time `when`.
+  bool access_async(const Clock& clock, int warp, std::uint8_t lane, int identity, std::uint32_t when, AccessKind kind,
+                    std::uint32_t offset, std::uint32_t bytes, Site site, char* report, std::size_t report_bytes);
+
+  // Numbers for an identity start after this one, and are made known when they are used.
+  std::uint32_t past() const { return past_; }
+  void reach(std::uint32_t clock) {
+    if (latest_clock_ < clock) latest_clock_ = clock;
+  }
+
+  // fence.proxy.async by one thread.
+  void fence_proxy(int warp, int lane);
+
   // The thread waited for its copy to [offset, offset + bytes): from now on it is a plain write of that lane.
   void land(const Clock& clock, int warp, std::uint8_t lane, std::uint32_t offset, std::uint32_t bytes);
 
   // The warp makes its work up to now visible in `published`.
   void release(Clock& clock, int warp, Clock& published);
   void acquire(Clock& clock, const Clock& published);
+  // The same for one lane, which says nothing about the order of the others.
+  void release_lane(Clock& clock, int warp, Clock& published);
+  void acquire_lane(Clock& clock, int warp, const Clock& published);
   // __syncwarp: the lanes' work up to now is ordered before the warp's later work.
   void order_lanes(Clock& clock, int warp);
 
@@ -82,13 +124,23 @@ class RaceDetector {
 
   struct Word {
     Access write;
+    std::uint32_t dirty = 0;  // the number of fences before the last generic write; 0: the write was asynchronous
     std::array<Access, kReaders> reads;
   };
 
   std::uint32_t site_index(Site site);
+  bool note(const Clock& clock, int warp, std::uint8_t lane, Access mine, std::uint32_t offset, std::uint32_t bytes,
+            char* report, std::size_t report_bytes);
+  bool is_ordered(const Access& earlier, const Clock& clock, int warp, std::uint8_t lane) const;
+  bool is_fenced(const Word& word) const;
 
   bool enabled_ = false;
-  std::uint32_t latest_clock_ = 1;  // the highest that any access can carry
+  std::uint32_t past_ = 1;                              // what earlier blocks did is not after this
+  std::uint32_t latest_clock_ = 1;                      // the highest that any access can carry
+  std::array<std::uint32_t, kMaxWarps> lanes_clock_{};  // accesses of a warp before this are ordered for all its lanes
+  std::uint32_t fences_ = 1;
+  std::uint32_t past_fences_ = 1;
+  std::array<std::array<std::uint32_t, 32>, kMaxWarps> last_fence_{};
   std::vector<Word> words_;
   std::vector<Site> sites_;
 };

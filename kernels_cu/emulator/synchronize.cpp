@@ -141,4 +141,16 @@ std::uint32_t vote(Vote kind, bool predicate, Site site) {
   return mine.result;
 }
 
+// The PTX ISA leaves open which lane it is, only that it is always the same.
+bool elect(Site site) {
+  Exchange mine{0, 0, 0};
+  collective("elect.sync", site, &mine, [](const auto& lanes) {
+    const int elected = current_thread().block->elected_lane;
+    for (int lane = 0; lane < kWarpSize; ++lane) static_cast<Exchange*>(lanes[lane])->result = lane == elected;
+  });
+  return mine.result != 0;
+}
+
+void nanosleep(std::uint32_t) { yield(); }
+
 }  // namespace emulator

@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cupyflash.backends.tensormap import driver_map
 from tests.gpu.device import NO_GPU, Gpu, find_gpu, load
 from tests.kernels.conformance import RECORDED, Array, Probe, Recording, probes_of, save_recording
 from tests.kernels.harness import HERE, source_of
@@ -23,7 +25,8 @@ def run_on_gpu(probe: Probe, module: Any) -> dict[str, Array]:
     import cupy
 
     outputs = {name: cupy.asarray(before) for name, before in probe.outputs.items()}
-    arguments = (*(cupy.asarray(array) for array in probe.inputs.values()), *outputs.values())
+    arrays = {**{name: cupy.asarray(array) for name, array in probe.inputs.items()}, **outputs}
+    arguments = tuple(probe.arguments(arrays, lambda array: int(array.data.ptr), driver_map))
     kernel = module.get_function(probe.entry)
     kernel(probe.grid, (probe.threads,), arguments, shared_mem=probe.shared_mem)
     return {name: array.get() for name, array in outputs.items()}
@@ -38,7 +41,8 @@ def record(gpu: Gpu, folder: Path) -> Path:
         for name, probe in probes.items():
             if probe.file not in modules:
                 text = (HERE / probe.file).read_text(encoding="utf-8")
-                modules[probe.file] = load(source_of(text, probe.file), gpu)
+                target = replace(gpu, arch=f"{gpu.arch}a") if probe.exact else gpu
+                modules[probe.file] = load(source_of(text, probe.file), target)
             outputs[name] = run_on_gpu(probe, modules[probe.file])
             print(f"recorded {name}", flush=True)
     finally:

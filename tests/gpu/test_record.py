@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from cupyflash.backends.emulator import Module
+from cupyflash.backends.tensormap import emulated_map
 from tests.gpu import record
 from tests.gpu.device import Gpu
 from tests.kernels.conformance import PROBES, load_recording
@@ -20,6 +21,10 @@ GPU = Gpu("A GPU", "sm_90", "580.1", "13.0", "14.2.0", "13.0", 60 << 20, 132)
 
 
 class OnDevice(np.ndarray):
+    @property
+    def data(self) -> SimpleNamespace:  # type: ignore[override]
+        return SimpleNamespace(ptr=self.ctypes.data)
+
     def get(self) -> np.ndarray:
         return np.array(self)
 
@@ -30,6 +35,7 @@ def emulated_gpu(cxx: object, monkeypatch: pytest.MonkeyPatch) -> None:
     cupy.asarray = lambda array: np.array(array).view(OnDevice)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(record, "load", lambda source, gpu: Module(source))
+    monkeypatch.setattr(record, "driver_map", emulated_map)
 
 
 @pytest.mark.usefixtures("emulated_gpu")

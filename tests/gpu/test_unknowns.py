@@ -35,7 +35,6 @@ extern "C" __global__ void add_one(u32* x) {
 # A box of 8 x 32 floats by the bulk tensor copy engine, from a tensor map that came by value.
 TENSOR_MAP = r"""
 #include "types.cuh"
-struct alignas(64) TensorMap { unsigned char bytes[128]; };
 extern "C" __global__ void copy_box(const __grid_constant__ TensorMap map, float* out, int column, int row) {
   __shared__ alignas(128) float box[8 * 32];
   __shared__ alignas(8) unsigned long long barrier;

@@ -12,7 +12,9 @@ writes them.  Where the PTX ISA defines every bit of a result, every bit must ag
                  20 · 2⁻²³ (Fasi, Higham, Mikaitis and Pranesh 2021, "Numerical behavior of NVIDIA tensor cores").
                  Together less than 2⁻¹⁸ of the sum of magnitudes.  Where all sums are small integers no order or
                  width can matter, so there every bit must agree: that pins the fragments' layout.
+`wgmma_close`    The same for each of the steps of ``wgmma``, which add to one accumulator.
 `serial_sums`    Atomic additions come in any order: what each lane got must be the sum of those before it in one.
+`one_elected`    The PTX ISA leaves open which lane `elect_one` names: one, and the same in each warp.
 `same_values`    A NaN may carry another payload; all other values, signs of zeros included, must agree.
 ===============  =====================================================================================================
 """
@@ -30,7 +32,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cupyflash.backends.emulator import guarded_copy
+from cupyflash.backends.tensormap import emulated_map
 from tests.kernels.harness import probes
+from tests.kernels.hopper import OPERAND_SWIZZLE, a_fragments, accumulator_places, operand_offsets, wgmma_operands
 
 Array: TypeAlias = npt.NDArray[Any]
 # rule(ours, recorded, inputs) raises AssertionError
@@ -49,6 +53,13 @@ def same_values(ours: Array, recorded: Array, inputs: Mapping[str, Array]) -> No
     nan = np.isnan(recorded.view(np.float32))
     np.testing.assert_array_equal(np.isnan(ours.view(np.float32)), nan)
     np.testing.assert_array_equal(ours[~nan], recorded[~nan])
+
+
+def one_elected(ours: Array, recorded: Array, inputs: Mapping[str, Array]) -> None:
+    for who, elected in (("emulator", ours), ("GPU", recorded)):
+        warps = elected.reshape(-1, LANES)
+        assert (np.isin(warps, (0, 1)).all(1) & (warps.sum(1) == 1)).all(), f"{who}: not one lane of each warp"
+        assert (warps == warps[0]).all(), f"{who}: not the same lane in each warp"
 
 
 def ex2_close(ours: Array, recorded: Array, inputs: Mapping[str, Array]) -> None:
@@ -102,12 +113,60 @@ def mma_close(dtype: npt.DTypeLike) -> Rule:
     return rule
 
 
+def wgmma_close(dtype: npt.DTypeLike, n: int, transposed: str, steps: int) -> Rule:
+    """Of `steps` products of the same operands, added to zeros."""
+
+    def operand(inputs: Mapping[str, Array], rows: int, start: int, numbers: Array, transposed: bool) -> Array:
+        leading, stride, mode = map(int, numbers)
+        swizzle = {number: span for span, number in OPERAND_SWIZZLE.items()}[mode]
+        offsets = operand_offsets(rows, start, leading, stride, swizzle, transposed)
+        elements = np.ascontiguousarray(inputs["shared"]).view(np.uint16)[offsets // 2].view(dtype)
+        return elements.astype(np.float64)
+
+    def rule(ours: Array, recorded: Array, inputs: Mapping[str, Array]) -> None:
+        numbers = inputs["numbers"]
+        a = operand(inputs, 64, 0, numbers[1:4], transposed[0] == "t")
+        b = operand(inputs, n, int(numbers[0]), numbers[4:7], transposed[1] == "t")
+        places = accumulator_places(n)
+        exact, bound = steps * (a @ b.T)[places], steps * 2.0**-18 * (np.abs(a) @ np.abs(b).T)[places]
+        for who, result in (("emulator", ours), ("GPU", recorded)):
+            far = np.abs(result.view(np.float32) - exact) > bound
+            assert not far.any(), f"{who}: far from the exact product"
+        apart = np.abs(ours.view(np.float32).astype(np.float64) - recorded.view(np.float32))
+        assert (apart <= bound).all(), "emulator and GPU are far apart"
+
+    return rule
+
+
 def serial_sums(ours: Array, recorded: Array, inputs: Mapping[str, Array]) -> None:
     added = inputs["in"][:, 0].astype(np.int64)
     for who, before in (("emulator", ours), ("GPU", recorded)):
         order = np.argsort(before, kind="stable")
         expected = np.concatenate([[0], np.cumsum(added[order])[:-1]])
         np.testing.assert_array_equal(before[order], expected, err_msg=f"{who}: no order of additions gives this")
+
+
+@dataclass(frozen=True)
+class TileMap:
+    """A tensor map of one of a probe's arrays, which the kernel reaches by it alone.
+
+    Attributes
+    ----------
+    array : str
+        The name of the input or output, whose words are the tensor's float16 elements in C order.
+    shape, box, swizzle
+        See `cupyflash.backends.tensormap.emulated_map`.
+    """
+
+    array: str
+    shape: tuple[int, ...]
+    box: tuple[int, ...]
+    swizzle: int
+
+    def make(self, address: int, encode: Callable[..., np.void]) -> np.void:
+        """`encode` is `emulated_map` or `driver_map`."""
+        strides = tuple(2 * int(np.prod(self.shape[axis + 1 :])) for axis in range(len(self.shape)))
+        return encode(address, self.shape, strides, "float16", self.box, self.swizzle)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,12 +179,18 @@ class Probe:
         Of the kernel.
     inputs, outputs : dict of str to array of 32-bit words
         The kernel's parameters: first the inputs, then the outputs with what they hold before the launch.
+    scalars : tuple of NumPy scalars
+        Parameters after those.
+    tile_map : TileMap, optional
+        The parameter before them all; the array that it stands for is none.
     threads, grid, shared_mem
         Of the launch.
     rules : dict of str to rule
         How to compare an output, other than by `same_bits`.
     arch : int
         The least compute capability, 80 or 90.
+    exact : bool
+        Runs on no other, and is compiled for ``sm_90a`` and the like.
     """
 
     file: str
@@ -137,6 +202,19 @@ class Probe:
     shared_mem: int = 0
     rules: Mapping[str, Rule] = field(default_factory=dict)
     arch: int = 80
+    exact: bool = False
+    scalars: tuple[Any, ...] = ()
+    tile_map: TileMap | None = None
+
+    def arguments(
+        self, arrays: Mapping[str, Any], address: Callable[[Any], int], encode: Callable[..., np.void]
+    ) -> list[Any]:
+        """Of the kernel, for inputs and outputs on a device; `address` of an array there."""
+        if self.tile_map is None:
+            return [*arrays.values(), *self.scalars]
+        mapped = arrays[self.tile_map.array]
+        others = [array for name, array in arrays.items() if name != self.tile_map.array]
+        return [self.tile_map.make(address(mapped), encode), *others, *self.scalars]
 
     def compare(self, ours: Mapping[str, Array], recorded: Mapping[str, Array], inputs: Mapping[str, Array]) -> None:
         """Raises AssertionError where the emulator does not do what the GPU did."""
@@ -148,7 +226,8 @@ class Probe:
 def run_emulated(probe: Probe, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """The outputs of a launch under the emulator."""
     outputs = {name: guarded_copy(before, name) for name, before in probe.outputs.items()}
-    arguments = [*(guarded_copy(array, name) for name, array in inputs.items()), *outputs.values()]
+    arrays = {**{name: guarded_copy(array, name) for name, array in inputs.items()}, **outputs}
+    arguments = probe.arguments(arrays, lambda array: int(array.ctypes.data), emulated_map)
     kernel = probes(probe.file).get_function(probe.entry)
     kernel(probe.grid, (probe.threads,), arguments, shared_mem=probe.shared_mem)
     return {name: np.array(array) for name, array in outputs.items()}
@@ -255,6 +334,108 @@ def _stmatrix(rng: np.random.Generator) -> dict[str, Probe]:
     return probes
 
 
+def _tiles(rng: np.random.Generator) -> dict[str, Probe]:
+    """Bulk loads and stores: inside, past the end and before the start of an array, in every swizzle."""
+    cases = {
+        "3-inside": ((3, 20, 64), (1, 16, 64), (1, 0, 0), 128),
+        "3-past": ((3, 20, 64), (1, 16, 64), (2, 10, 0), 128),
+        "3-before": ((3, 20, 64), (1, 16, 64), (0, -5, -8), 128),
+        "3-plain": ((3, 20, 40), (2, 16, 24), (1, 1, 24), 0),
+        "4-panel": ((2, 3, 9, 128), (1, 1, 8, 64), (1, 2, 1, 64), 128),
+        "4-narrow": ((2, 3, 9, 128), (2, 3, 8, 32), (0, 0, 0, 16), 64),
+        "5-narrow": ((2, 2, 3, 9, 64), (2, 1, 3, 8, 16), (0, 1, 0, -3, 8), 32),
+    }
+    probes = {}
+    for name, (shape, box, at, swizzle) in cases.items():
+        rank = len(shape)
+        num_words = int(np.prod(box)) // 2
+        coordinates = np.array(at[::-1], np.int32).view(np.uint32)
+        tile_map = TileMap("tensor", shape, box, swizzle)
+        tensor = _any_word(rng, int(np.prod(shape)) // 2)
+        common: dict[str, Any] = {"scalars": (np.int32(num_words),), "tile_map": tile_map, "arch": 90}
+        probes[f"bulk_load-{name}"] = Probe(
+            "probes_sm90.cu",
+            f"probe_bulk_load_{rank}",
+            {"tensor": tensor, "at": coordinates},
+            {"out": _blank(num_words)},
+            shared_mem=1024 + 4 * num_words,
+            **common,
+        )
+        probes[f"bulk_store-{name}"] = Probe(
+            "probes_sm90.cu",
+            f"probe_bulk_store_{rank}",
+            {"at": coordinates, "in": _any_word(rng, num_words)},
+            {"tensor": _blank(tensor.size)},
+            shared_mem=4 * num_words,
+            **common,
+        )
+    return probes
+
+
+def _wgmma(rng: np.random.Generator) -> dict[str, Probe]:
+    """Small integers, where every bit must agree, in every layout; random numbers in one of each format."""
+    probes = {}
+    dtypes = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+    common: dict[str, Any] = {"threads": 128, "arch": 90, "exact": True}
+    shapes = [("f16", 64, "nn"), ("f16", 64, "nt"), ("bf16", 64, "tn"), ("bf16", 64, "tt"), ("bf16", 16, "nn")]
+    shapes += [("f16", 176, "nn"), ("f16", 256, "nt")]
+    layouts = [(128, 0), (128, 1024), (64, 0), (32, 0), (0, 0)]
+    for name, n, transposed in shapes:
+        for swizzle, gap in layouts:
+            for kind in ("integers", "normal"):
+                # What is not swizzled is not modelled transposed; one layout is enough for numbers that round.
+                if (swizzle == 0 and "t" in transposed) or (kind == "normal" and (swizzle, gap) != (128, 0)):
+                    continue
+                draw = (lambda *s: rng.integers(-8, 9, s)) if kind == "integers" else lambda *s: rng.standard_normal(s)
+                a, b = (draw(rows, 16).astype(dtypes[name]) for rows in (64, n))
+                shared, numbers = wgmma_operands(rng, a, b, transposed[0] == "t", transposed[1] == "t", swizzle, gap)
+                acc = rng.integers(-8, 9, (128, n // 2)).astype(np.float32)
+                integers = kind == "integers"
+                label = f"wgmma_ss-{name}-n{n}-{transposed}-{swizzle}{'-apart' if gap else ''}-{kind}"
+                probes[label] = Probe(
+                    "probes_sm90a.cu",
+                    f"probe_wgmma_ss_{name}_n{n}_{transposed}",
+                    {"shared": shared.view(np.uint32), "numbers": numbers, "acc": acc.view(np.uint32)},
+                    {"out": _blank(128, n // 2)},
+                    shared_mem=shared.size,
+                    scalars=(np.int32(shared.size // 4), np.uint32(integers)),
+                    rules={} if integers else {"out": wgmma_close(dtypes[name], n, transposed, 2)},
+                    **common,
+                )
+    for name, n, transposed in (("f16", 64, "n"), ("f16", 128, "t"), ("bf16", 80, "n"), ("bf16", 64, "t")):
+        a, b = (rng.integers(-8, 9, (rows, 16)).astype(dtypes[name]) for rows in (64, n))
+        shared, numbers = wgmma_operands(rng, a, b, False, transposed == "t", 128)
+        probes[f"wgmma_rs-{name}-n{n}-{transposed}"] = Probe(
+            "probes_sm90a.cu",
+            f"probe_wgmma_rs_{name}_n{n}_{transposed}",
+            {"shared": shared.view(np.uint32), "numbers": numbers, "a": a_fragments(a)},
+            {"out": _blank(128, n // 2)},
+            shared_mem=shared.size,
+            scalars=(np.int32(shared.size // 4),),
+            **common,
+        )
+    return probes
+
+
+def _sm90(rng: np.random.Generator) -> dict[str, Probe]:
+    file = "probes_sm90.cu"
+    words = rng.integers(0, 1000, LANES).astype(np.uint32)
+    return {
+        "elect_one": Probe(
+            file, "probe_elect_one", {}, {"out": _blank(64)}, threads=64, arch=90, rules={"out": one_elected}
+        ),
+        "mbarrier": Probe(
+            file, "probe_mbarrier", {"in": words}, {"out": _blank(LANES)}, threads=64, shared_mem=256, arch=90
+        ),
+        "nanosleep": Probe(file, "probe_nanosleep", {}, {"out": _blank(LANES)}, arch=90),
+        **_tiles(rng),
+        **_wgmma(rng),
+        "setmaxnreg": Probe(
+            "probes_sm90a.cu", "probe_setmaxnreg", {}, {"out": _blank(384)}, threads=384, arch=90, exact=True
+        ),
+    }
+
+
 def _shuffles(rng: np.random.Generator) -> dict[str, Probe]:
     operands = {"mixed": rng.integers(0, LANES, LANES), **{str(n): np.full(LANES, n) for n in (0, 1, 2, 16, 31)}}
     return {
@@ -341,6 +522,7 @@ def make_probes() -> dict[str, Probe]:
         **_stmatrix(rng),
         # The last byte of a lane's output is not written.
         "bytes": Probe("probes.cu", "probe_bytes", {"in": _any_word(rng, LANES, 2)}, {"out": _blank(LANES, 2)}),
+        **_sm90(rng),
     }
 
 
@@ -399,4 +581,9 @@ def load_recording(path: Path) -> Recording:
 
 def probes_of(arch: str) -> dict[str, Probe]:
     """Those that a GPU of this architecture can run."""
-    return {name: probe for name, probe in PROBES.items() if probe.arch <= int(arch.removeprefix("sm_").rstrip("a"))}
+    capability = int(arch.removeprefix("sm_").rstrip("a"))
+    return {
+        name: probe
+        for name, probe in PROBES.items()
+        if (probe.arch == capability if probe.exact else probe.arch <= capability)
+    }

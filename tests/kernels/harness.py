@@ -21,7 +21,7 @@ ALL_OPTIONS = [
     Options(schedule="priority", seed=7, late_landing=False, race_detector=False, workers=2),
 ]
 
-_ENTRY = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(')
+_ENTRY = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(')
 
 
 def source_of(text: str, label: str = "test.cu") -> KernelSource:

@@ -10,7 +10,8 @@ from cupyflash.build.source import KernelSource
 
 # Functions of the ISA layer that order something and do nothing else.
 SYNCHRONISATION = re.compile(
-    r"sync_\w+|barrier_\w+|cp_async_(?:commit|wait)|fence\w*|mbarrier_\w+|wgmma_(?:fence|commit|wait)"
+    r"sync_\w+|barrier_\w+|cp_async_(?:commit|wait)|fence\w*|mbarrier_\w+|bulk_(?:commit|wait_read|wait)|"
+    r"wgmma_(?:fence|commit|wait)"
 )
 
 _STATEMENT = re.compile(rf"\bisa::(?P<name>{SYNCHRONISATION.pattern})(?:<(?P<count>[^<>();]*)>)?\s*\(")

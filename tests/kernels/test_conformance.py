@@ -70,8 +70,8 @@ def recording(cxx: object) -> Recording:
 def test_every_kernel_is_probed() -> None:
     entries = {
         (file, entry)
-        for file in ("probes.cu", "probes_sm90.cu")
-        for entry in re.findall(r"\bvoid (probe_\w+)\(", (HERE / file).read_text(encoding="utf-8"))
+        for file in ("probes.cu", "probes_sm90.cu", "probes_sm90a.cu")
+        for entry in re.findall(r"__global__ void[^;{]*?\b(probe_\w+)\(", (HERE / file).read_text(encoding="utf-8"))
     }
     assert entries == {(probe.file, probe.entry) for probe in PROBES.values()}
 
@@ -92,7 +92,14 @@ def test_round_trip(recording: Recording, tmp_path: Path) -> None:
 
 
 def test_older_gpus_run_fewer_probes() -> None:
-    assert set(PROBES) - set(probes_of("sm_80")) == {name for name in PROBES if name.startswith("stmatrix")}
+    files = {name: PROBES[name].file for name in PROBES}
+    assert {files[name] for name in probes_of("sm_80")} == {"probes.cu"}
+    assert {files[name] for name in probes_of("sm_90")} == {"probes.cu", "probes_sm90.cu", "probes_sm90a.cu"}
+
+
+def test_later_gpus_lack_what_one_has_alone() -> None:
+    missing = set(PROBES) - set(probes_of("sm_120"))
+    assert {PROBES[name].file for name in missing} == {"probes_sm90a.cu"}
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -105,6 +112,10 @@ def test_one_wrong_result_is_noticed(recording: Recording, name: str) -> None:
         written = np.flatnonzero(words.ravel() != probe.outputs[output].ravel())
         if probe.rules.get(output) is same_values:
             written = written[~np.isnan(words.ravel()[written].view(np.float32))]
+        floats = [place for place in written if is_float(probe, output, place)]
+        if len(floats) == len(written):  # sums that nearly cancel may move far within the rule
+            sizes = np.abs(words.ravel()[written].view(np.float32))
+            written = written[sizes >= np.median(sizes)]
         assert written.size, f"{output} is not written"
         for place in (written[0], written[-1]):
             wrong = {**right, output: words.copy()}
@@ -117,7 +128,7 @@ def test_one_wrong_result_is_noticed(recording: Recording, name: str) -> None:
 
 
 def is_float(probe: Probe, output: str, place: int) -> bool:
-    return probe.entry.startswith("probe_mma") or (probe.entry == "probe_convert" and place % 4 == 0)
+    return probe.entry.startswith(("probe_mma", "probe_wgmma")) or (probe.entry == "probe_convert" and place % 4 == 0)
 
 
 def test_replay_tells_all_differences(recording: Recording) -> None:

@@ -130,6 +130,7 @@ def nvdisasm():
     return found
 
 
+OF_SM90 = {"STSM", "HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG"}  # in the probes for sm_90a
 OF_SM80 = {"HMMA", "LDSM", "LDGSTS", "F2FP", "LDL", "STL"}  # in the probes, which sm_75 can't all run
 
 
@@ -139,7 +140,8 @@ def sources_for(arch):
         yield probes()
         yield source_of(SPILL)
     if arch == "sm_90a":
-        yield source_of((HERE / "probes_sm90.cu").read_text(encoding="utf-8"), "probes_sm90.cu")
+        for file in ("probes_sm90.cu", "probes_sm90a.cu"):
+            yield source_of((HERE / file).read_text(encoding="utf-8"), file)
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"])
@@ -157,5 +159,5 @@ def test_opcodes_agree_with_nvdisasm(tmp_path, arch, require):
             assert len(words) > 4
             assert counted == binary.resources[name[0]].opcodes
             seen.update(counted)
-    lacking = {"sm_75": OF_SM80 | {"STSM", "FMNMX3"}, "sm_90a": {"FMNMX3"}, "sm_100": {"STSM"}}
-    assert set(OPCODES.values()) - seen == lacking.get(arch, {"STSM", "FMNMX3"})
+    lacking = {"sm_75": OF_SM80 | OF_SM90 | {"FMNMX3"}, "sm_90a": {"FMNMX3"}, "sm_100": OF_SM90}
+    assert set(OPCODES.values()) - seen == lacking.get(arch, OF_SM90 | {"FMNMX3"})

@@ -52,7 +52,65 @@ def mma(element, name):
     )
 
 
-# name of the wrapper: (parameters, statements, the instruction)
+def coordinates(count):
+    names = [f"c{i}" for i in range(count)]
+    return ", ".join(f"int {name}" for name in names), ", ".join(names)
+
+
+def bulk_load(rank):
+    parameters, names = coordinates(rank)
+    return (
+        f"u32 d, const TensorMap* map, u32 bar, u64 policy, {parameters}",
+        f"isa::bulk_load(d, map, bar, policy, {names});",
+        f"cp.async.bulk.tensor.{rank}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+        f"[d], [map, {{{names}}}], [bar], policy;",
+    )
+
+
+def bulk_store(rank):
+    parameters, names = coordinates(rank)
+    return (
+        f"const TensorMap* map, u32 s, {parameters}",
+        f"isa::bulk_store(map, s, {names});",
+        f"cp.async.bulk.tensor.{rank}d.global.shared::cta.tile.bulk_group [map, {{{names}}}], [s];",
+    )
+
+
+def l2_policy(name):
+    return (
+        "u32 unused",
+        f"const u64 policy = isa::l2_{name}(); out[0] = static_cast<u32>(policy);",
+        f"createpolicy.fractional.L2::{name}.b64 {{any}}, 1.0;",
+    )
+
+
+WGMMA_SIZES = range(16, 257, 16)
+
+
+def wgmma(element, name, n, registers_of_a, transposed):
+    """Accumulators come from `in`, so that one parameter stands for all of them; their order is another test's."""
+    parameters, operands, flags = (
+        ("u32 a0, u32 a1, u32 a2, u32 a3, u64 b", "{a0, a1, a2, a3}, b", transposed[1])
+        if registers_of_a
+        else ("u64 a, u64 b", "a, b", f"{transposed[0]}, {transposed[1]}")
+    )
+    call = (
+        f"const u32 a[4] = {{a0, a1, a2, a3}}; isa::wgmma_rs<{transposed[1]}>({element}(), acc, a, b, keep);"
+        if registers_of_a
+        else f"isa::wgmma_ss<{transposed[0]}, {transposed[1]}>({element}(), acc, a, b, keep);"
+    )
+    accumulators = ", ".join(["{any}"] * (n // 2))
+    return (
+        f"{parameters}, const float* in, u32 keep",
+        f"float acc[{n // 2}]; for (int i = 0; i < {n // 2}; ++i) acc[i] = in[i]; {call} "
+        f"for (int i = 0; i < {n // 2}; ++i) out[i] = __float_as_uint(acc[i]);",
+        "{ .reg .pred accumulate; setp.ne.u32 accumulate, {any}, 0; "
+        f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{name}.{name} {{{accumulators}}}, {operands}, accumulate, 1, 1, "
+        f"{flags}; }}",
+    )
+
+
+# name of the wrapper: (parameters, statements, the instruction); {any} stands for any register
 WRAPPERS = {
     "ex2": ("float x", "out[0] = __float_as_uint(isa::ex2(x));", "ex2.approx.ftz.f32 out[0], x;"),
     "pack_f16x2": (
@@ -176,6 +234,45 @@ WRAPPERS = {
     "stmatrix_x1_trans": stmatrix(1, "_trans"),
     "stmatrix_x2_trans": stmatrix(2, "_trans"),
     "stmatrix_x4_trans": stmatrix(4, "_trans"),
+    "mbarrier_init": ("u32 bar, u32 n", "isa::mbarrier_init(bar, n);", "mbarrier.init.shared::cta.b64 [bar], n;"),
+    "mbarrier_arrive": ("u32 bar", "isa::mbarrier_arrive(bar);", "mbarrier.arrive.shared::cta.b64 _, [bar];"),
+    "mbarrier_arrive_expect_tx": (
+        "u32 bar, u32 n",
+        "isa::mbarrier_arrive_expect_tx(bar, n);",
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], n;",
+    ),
+    "mbarrier_wait": (
+        "u32 bar, u32 parity",
+        "isa::mbarrier_wait(bar, parity);",
+        "{ .reg .pred done; wait: mbarrier.try_wait.parity.shared::cta.b64 done, [bar], parity; @!done bra wait; }",
+    ),
+    "fence_mbarrier_init": ("", "isa::fence_mbarrier_init();", "fence.mbarrier_init.release.cluster;"),
+    "fence_proxy_async": ("", "isa::fence_proxy_async();", "fence.proxy.async.shared::cta;"),
+    "prefetch_tensor_map": (
+        "const TensorMap* map",
+        "isa::prefetch_tensor_map(map);",
+        "prefetch.tensormap [map];",
+    ),
+    **{f"l2_{name}": l2_policy(name) for name in ("evict_first", "evict_normal", "evict_last")},
+    **{f"bulk_load {rank}": bulk_load(rank) for rank in (3, 4, 5)},
+    **{f"bulk_store {rank}": bulk_store(rank) for rank in (3, 4, 5)},
+    "bulk_commit": ("", "isa::bulk_commit();", "cp.async.bulk.commit_group;"),
+    "bulk_wait": ("", "isa::bulk_wait<3>();", "cp.async.bulk.wait_group 3;"),
+    "bulk_wait_read": ("", "isa::bulk_wait_read<2>();", "cp.async.bulk.wait_group.read 2;"),
+    "nanosleep": ("u32 n", "isa::nanosleep(n);", "nanosleep.u32 n;"),
+    "wgmma_fence": ("", "isa::wgmma_fence();", "wgmma.fence.sync.aligned;"),
+    "wgmma_commit": ("", "isa::wgmma_commit();", "wgmma.commit_group.sync.aligned;"),
+    "wgmma_wait": ("", "isa::wgmma_wait<1>();", "wgmma.wait_group.sync.aligned 1;"),
+    "setmaxnreg_dec": ("", "isa::setmaxnreg_dec<24>();", "setmaxnreg.dec.sync.aligned.u32 24;"),
+    "setmaxnreg_inc": ("", "isa::setmaxnreg_inc<240>();", "setmaxnreg.inc.sync.aligned.u32 240;"),
+    **{
+        f"wgmma_{'rs' if in_registers else 'ss'} {name} {n}": wgmma(element, name, n, in_registers, flags)
+        for n in WGMMA_SIZES
+        for in_registers in (False, True)
+        for (element, name), flags in zip(
+            (("Float16", "f16"), ("BFloat16", "bf16")), ((0, 1), (0 if in_registers else 1, 0)), strict=True
+        )
+    },
 }
 # Functions of several instructions; test_isa.py runs them.
 COMPOSED = {
@@ -190,6 +287,7 @@ COMPOSED = {
     "bits_double",
     "pack",
     "shared_base",
+    "elect_one",
 }
 INDICES = {"thread_index", "warp_index", "lane_index"} | {
     f"{what}_{axis}" for what in ("block_index", "grid_size") for axis in "xyz"
@@ -200,6 +298,14 @@ def entry_name(wrapper):
     return "golden_" + wrapper.replace(" ", "_")
 
 
+DEVICE_HEADERS = ("isa_sm80.cuh", "isa_sm90.cuh", "isa_sm90a.cuh")
+
+
+def device_texts():
+    """What stands in the headers, macros' line ends taken out."""
+    return "".join(map(read_kernel, DEVICE_HEADERS)).replace("\\\n", "\n")
+
+
 @pytest.fixture(scope="module")
 def ptx():
     """The PTX of every wrapper's kernel, by wrapper."""
@@ -207,11 +313,11 @@ def ptx():
     for wrapper, (parameters, statements, _) in WRAPPERS.items():
         signature = f"{entry_name(wrapper)}(u32* out{', ' if parameters else ''}{parameters})"
         text += f'extern "C" __global__ void {signature} {{ {statements} }}\n'
-    whole = compile_ptx(source_of(text, "golden.cu"), "compute_90")
+    whole = compile_ptx(source_of(text, "golden.cu"), "compute_90a")
     bodies = {}
     for wrapper in WRAPPERS:
         start = whole.index(f".entry {entry_name(wrapper)}(")
-        bodies[wrapper] = whole[start : whole.index("\n}\n", start)]
+        bodies[wrapper] = whole[start : whole.index("\tret;\n", start)]
     return bodies
 
 
@@ -241,7 +347,9 @@ def instructions(body, parameters):
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_instruction(ptx, wrapper):
     parameters, _, expected = WRAPPERS[wrapper]
-    assert instructions(ptx[wrapper], parameters) == [expected]
+    (found,) = instructions(ptx[wrapper], parameters)
+    pattern = re.escape(" ".join(expected.split())).replace(re.escape("{any}"), r"(?:%\w+|out\[\d+\]|\w+)")
+    assert re.fullmatch(pattern, " ".join(found.split())), f"{found}\n{expected}"
 
 
 def test_accumulators_go_in_and_come_out(ptx):
@@ -257,9 +365,27 @@ def test_accumulators_go_in_and_come_out(ptx):
         assert found == [*range(first, first + 4)]
 
 
+@pytest.mark.parametrize("n", WGMMA_SIZES)
+def test_accumulators_of_wgmma_are_in_order(ptx, n):
+    """Register i of the instruction is loaded from in[i] and stored to out[i]."""
+    for wrapper in (f"wgmma_ss f16 {n}", f"wgmma_rs bf16 {n}"):
+        before, text, after = re.split(r"// begin inline asm|// end inline asm", ptx[wrapper])
+        found = re.search(r"m64n\d+k16\S+ \{(.*?)\}", text)
+        assert found is not None
+        registers = found[1].split(", ")
+        assert len(registers) == n // 2
+        moves = dict(re.findall(r"mov\.\w+\s+(%\w+), (%\w+);", before))
+        loaded = re.findall(r"ld\.global\.\w+\s+(%\w+), \[%\w+(?:\+(\d+))?\];", before)
+        offsets = {register: int(offset or 0) for register, offset in loaded}
+        assert [offsets[moves.get(register, register)] for register in registers] == [4 * i for i in range(n // 2)]
+        moves = {origin: target for target, origin in re.findall(r"mov\.\w+\s+(%\w+), (%\w+);", after)}
+        stored = re.findall(r"st\.global\.\w+\s+\[%\w+(?:\+(\d+))?\], (%\w+);", after)
+        offsets = {register: int(offset or 0) for offset, register in stored}
+        assert [offsets[moves.get(register, register)] for register in registers] == [4 * i for i in range(n // 2)]
+
+
 def test_every_wrapper_is_here():
-    texts = read_kernel("isa_sm80.cuh") + read_kernel("isa_sm90.cuh")
-    functions = set(re.findall(r"__forceinline__ \w+ (\w+)\(", texts))
+    functions = set(re.findall(r"__forceinline__ \w+ (\w+)\(", device_texts()))
     assert functions == {wrapper.split()[0] for wrapper in WRAPPERS} | COMPOSED | INDICES
 
 
@@ -271,10 +397,10 @@ def test_both_homes_have_the_same_functions():
         found = set()
         for name, parameters in re.findall(pattern, code):
             parameters = re.sub(r",? ?Site site = Site::here\(\)", "", parameters)
-            found.add((name, parameters))
+            found.add((name, parameters.replace(" (&", "(&")))
         return found
 
-    device = read_kernel("isa_sm80.cuh") + read_kernel("isa_sm90.cuh")
+    device = device_texts()
     host = read_kernel("emulator/isa_host.h")
     pattern = r"{} [\w]+ (\w+)\(((?:[^()]|\([^()]*\)(?! \{{))*)\) \{{"
     of_device = signatures(device, pattern.format("__device__ __forceinline__"))
@@ -285,7 +411,14 @@ def test_both_homes_have_the_same_functions():
 
 @pytest.mark.parametrize(
     ("file", "arch"),
-    [("probes.cu", "compute_80"), ("probes.cu", "compute_90"), ("probes_sm90.cu", "compute_90")],
+    [
+        ("probes.cu", "compute_80"),
+        ("probes.cu", "compute_90"),
+        ("probes_sm90.cu", "compute_90"),
+        ("probes_sm90.cu", "compute_100"),
+        ("probes_sm90.cu", "compute_120"),
+        ("probes_sm90a.cu", "compute_90a"),
+    ],
 )
 def test_probes_compile_for_the_device(file, arch):
     text = (HERE / file).read_text(encoding="utf-8")

@@ -56,6 +56,7 @@ ORDER = [
     "backends.joining",
     "backends.reference",
     "backends.tiled",
+    "backends.tensormap",
     "backends.emulator",
     "backends.emulated",
     "backends.cuda",
