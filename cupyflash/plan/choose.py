@@ -37,7 +37,8 @@ __all__ = [
     "selector_of",
 ]
 
-# The kernel's indices are int32: the sum of two lengths, and of the rows that fill up a tile, has to fit.
+# The kernel's indices are int32: the sum of two lengths, and of the rows that fill up a tile, has to fit. The rows of
+# heads that share tiles count as one length.
 _MAX_LENGTH = 2**30 - 2**8
 _MAX_BLOCKS = 2**31 - 1
 _ANY_DEVICE = (99, 0)
@@ -210,7 +211,8 @@ def _queries(
     num_tiles = _num_tiles(batch_size * num_heads[0], seqlen_q, spec.tile.block_m, pack)
     slots = device.sms * blocks_per_sm(spec, device)
     at_once = math.ceil(spec.tile.block_m / pack)
-    return _Queries(spec, pack, num_tiles, num_rows, at_once, FAMILIES[spec.family].splits, slots)
+    splits = FAMILIES[spec.family].splits and not features.dropout
+    return _Queries(spec, pack, num_tiles, num_rows, at_once, splits, slots)
 
 
 @lru_cache(maxsize=4096)
@@ -281,7 +283,7 @@ def _selector(
         height = min(_WIDEST, math.ceil(seqlen_q * pack / _ROW_STEP) * _ROW_STEP)
         return Rows(height, _num_tiles(batch_size * num_heads[0], seqlen_q, _WIDEST, pack) >= device.sms)
 
-    # The words of one draw of dropout are for queries of one head.
+    # Dropout is for training, which has queries in plenty; and the words of one draw are for queries of one head.
     pack = 1 if features.dropout else pack_of(num_heads, seqlen_q)
     packed_rows = rows_in_packs_of(pack) if pack > 1 else None
     return Selector(dtype, head_dim, head_dim_v, features, rows_in_packs_of(1), packed_rows)
@@ -381,6 +383,8 @@ def pack_of(num_heads: tuple[int, int, int], seqlen_q: int) -> int:
     """
     num_heads_q, num_heads_k, num_heads_v = num_heads
     group = math.gcd(num_heads_q // num_heads_k, num_heads_q // num_heads_v)
+    if seqlen_q * group > _MAX_LENGTH:
+        return 1
     return group if _used(seqlen_q, _NARROWEST) < 0.9 * _used(seqlen_q * group, _NARROWEST) else 1
 
 
@@ -434,7 +438,7 @@ def every_spec() -> Iterator[KernelSpec]:
             (False, True) if family.splits else (False,),
         )
         for tile, (dtype, features), packed, split in choices:
-            if packed and features.dropout:
+            if features.dropout and (packed or split):
                 continue
             rows = Rows(tile.block_m, True)
             selector = Selector(dtype, row.head_dim, row.head_dim_v, features, rows, rows if packed else None)
@@ -464,7 +468,7 @@ def _score_features(float_mask: str | None, bool_mask: bool, changed: bool, drop
 
     But a float mask, of whichever dtype, and dropout are only where they are asked for: they are most of the work.
     """
-    if bool(float_mask) + bool_mask + changed > 1:
+    if bool(float_mask) + bool_mask + changed + dropout > 1:
         bool_mask = changed = True
     return replace(_ANY_SCALE, float_mask=float_mask, bool_mask=bool_mask, changed=changed, dropout=dropout)
 

@@ -85,7 +85,7 @@ class FwdSpec:
     split : bool
         Several blocks share the keys of a tile of queries; each leaves a partial result for `combine`.
     baseline : int
-        The oldest GPUs whose instructions it uses: 75 or 80 for compute capability 7.5 or 8.0.
+        The oldest GPUs whose instructions it uses, of its family's.
     """
 
     family: str
@@ -112,7 +112,8 @@ class FwdSpec:
     def __str__(self) -> str:
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}x{self.head_dim_v}"
         parts = [self.family, _SHORT_NAMES[self.dtype], dims, str(self.tile), str(self.features)]
-        parts += ["packed" * self.packed, "split" * self.split, "sm75" * (self.baseline == 75)]
+        is_for_older = self.baseline < max(FAMILIES[self.family].baselines)
+        parts += ["packed" * self.packed, "split" * self.split, f"sm{self.baseline}" * is_for_older]
         return "-".join(filter(None, parts))
 
 

@@ -47,6 +47,9 @@ class Family:
         Whether there are kernels whose tiles hold several heads, and kernels that share a tile's keys.
     any_scale : bool
         Every kernel takes any scale: there is none with `Features.scale_first`.
+    baselines : tuple of int
+        The oldest GPUs whose instructions kernels use, 75 or 80 for compute capability 7.5 or 8.0; more than one
+        where older GPUs have kernels of their own.
     """
 
     shared_bytes: Callable[[TileConfig, int, int, int], int]
@@ -55,6 +58,7 @@ class Family:
     packs: bool = False
     splits: bool = False
     any_scale: bool = False
+    baselines: tuple[int, ...] = (75,)
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,9 @@ class TileRow:
 
     @property
     def baseline(self) -> int:
-        """The oldest GPUs whose instructions its kernels use: 75 or 80."""
-        return min(80, 10 * self.since[0] + self.since[1])
+        """The oldest GPUs whose instructions its kernels use: one of its family's `baselines`."""
+        cc = 10 * self.since[0] + self.since[1]
+        return max(baseline for baseline in FAMILIES[self.family].baselines if baseline <= cc)
 
     def reasons(self, tile: TileConfig, itemsize: int, device: DeviceSpec) -> list[str]:
         """Why the kernel can't run with this tile on that GPU; empty if it can."""
@@ -118,7 +123,9 @@ def _simt_shared_bytes(tile: TileConfig, head_dim: int, head_dim_v: int, itemsiz
 
 FAMILIES: dict[str, Family] = {
     # Copies are of 16 bytes at a time.
-    "fwd_sm80": Family(_sm80_shared_bytes, _sm80_rules, lambda itemsize: 16, packs=True, splits=True),
+    "fwd_sm80": Family(
+        _sm80_shared_bytes, _sm80_rules, lambda itemsize: 16, packs=True, splits=True, baselines=(75, 80)
+    ),
     "fwd_simt": Family(
         _simt_shared_bytes, _simt_rules, lambda itemsize: itemsize, packs=True, splits=True, any_scale=True
     ),

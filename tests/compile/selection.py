@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 from cupyflash.plan.specs import FwdSpec, KernelSpec
@@ -50,21 +51,25 @@ def representative(pairs: Sequence[Pair], limit: int = LIMIT) -> list[Pair]:
 
 def traits(pair: Pair) -> Iterator[Hashable]:
     """What must be seen: every value of every field of each family, its tiles for each dtype, its architectures."""
-    family = pair.spec.family
-    yield family, pair.arch
-    yield from ((family, *field) for field in fields_of(pair.spec))
-    if isinstance(pair.spec, FwdSpec):
-        yield _row(pair.spec), pair.spec.dtype
+    yield pair.spec.family, pair.arch
+    yield from _traits_of(pair.spec)
 
 
 def combinations(pair: Pair) -> Iterator[Hashable]:
     """What is good to be seen: everything on each architecture, and what is compiled in with each tile."""
     spec, arch = pair
-    yield from ((arch, spec.family, *field) for field in fields_of(spec))
+    yield from ((arch, trait) for trait in _traits_of(spec))
     if isinstance(spec, FwdSpec):
-        yield arch, _row(spec), spec.dtype
         yield _row(spec), spec.features, spec.packed, spec.split
         yield arch, spec.family, spec.dtype, spec.features, spec.packed, spec.split
+
+
+@cache
+def _traits_of(spec: KernelSpec) -> tuple[Hashable, ...]:
+    traits: list[Hashable] = [(spec.family, *field) for field in fields_of(spec)]
+    if isinstance(spec, FwdSpec):
+        traits.append((_row(spec), spec.dtype))
+    return tuple(traits)
 
 
 def _row(spec: FwdSpec) -> Hashable:
