@@ -156,7 +156,13 @@ struct Forward {
     const int row = row_begin + warp_row;
     const int first_key = tile * Config::kBlockN;
     if constexpr (Config::kScaleFirst) scale_scores(s_frag, static_cast<float>(params.scale));
-    if constexpr (ScoreFeatures<Config>::kAny) change_scores<Config>(s_frag, params, work, row, first_key, is_whole);
+    if constexpr (ScoreFeatures<Config>::kAny) {
+      // Warps without rows have nothing to look up; and a branch keeps the loads, many registers, from being moved up
+      // among the products.
+      if (row < FwdWork::num_rows<Config>(params)) {
+        change_scores<Config>(s_frag, params, work, row, first_key, is_whole);
+      }
+    }
     if (!is_full) mask_scores<Config>(s_frag, params, row, first_key);
     online_softmax<Config::kScaleFirst>(s_frag, o_frag, state, scale_log2);
     if constexpr (Config::kDropout) drop_weights<Config>(s_frag, params, work, row, first_key);
