@@ -240,6 +240,8 @@ def test_a_growing_cache_is_divided_into_few_different_numbers_of_parts() -> Non
         ((32, 8, 8), 64, 1),  # a tile is full already
         ((32, 8, 8), 4096, 1),
         ((32, 8, 8), 33, 4),
+        ((2**25, 1, 1), 1, 2**25),
+        ((2**25, 1, 1), 33, 1),  # rows are counted by int32
     ],
 )
 def test_heads_in_a_tile(num_heads: tuple[int, int, int], seqlen_q: int, pack: int) -> None:
@@ -402,3 +404,27 @@ def test_every_spec_has_a_name_of_its_own_and_is_what_choose_gives() -> None:
     # Those that share keys are the narrow ones: wide tiles are chosen where there are enough of them.
     assert {spec for spec in set(specs) - chosen if not getattr(spec, "split", False)} == set()
     assert CombineSpec("float16") in chosen
+
+
+def test_kernels_are_few_enough_to_compile_them_all() -> None:
+    specs = [spec for spec in every_spec() if isinstance(spec, FwdSpec)]
+    for family, dtype in {(spec.family, spec.dtype) for spec in specs}:
+        features = {spec.features for spec in specs if (spec.family, spec.dtype) == (family, dtype)}
+        assert len(features) <= 15, (family, dtype)
+    assert len(specs) <= 4000
+
+
+def test_dropout_is_neither_packed_nor_split() -> None:
+    assert choose(decode(1, 100_000), H200).num_splits > 1
+    plan = choose(decode(1, 100_000, dropout_p=0.5), H200)
+    assert (plan.pack, plan.num_splits) == (1, 1)
+    assert not any(
+        spec.features.dropout and (spec.packed or spec.split) for spec in every_spec() if isinstance(spec, FwdSpec)
+    )
+
+
+def test_the_name_says_the_baseline_where_there_are_several() -> None:
+    t4 = DEVICES["T4"]
+    assert str(choose(problem(), t4).launches[0].spec).endswith("-sm75")
+    assert "sm75" not in str(choose(problem(dtype="float32"), t4).launches[0].spec)
+    assert "sm75" not in str(choose(problem(), H200).launches[0].spec)
