@@ -69,40 +69,23 @@ static_assert(SharedStorage::kBytes == Config::kSharedBytes, "the launch asks fo
 struct Forward : ScoreTile<Config> {
   HeadRows<Traits::Storage> v;
   Accumulator o_frag[Traits::kRows][Traits::kOutColumns];
-  Accumulator row_max[Traits::kRows];
-  Accumulator row_sum[Traits::kRows];  // each thread's own part, added up at the end
+  SimtSoftmax<Config> softmax;
 
   __device__ __forceinline__ Forward(const FwdParams& params, const FwdWork& work)
       : ScoreTile<Config>(params, work),
         v(head_rows<Traits::Storage>(params, params.v, work.batch, work.head / params.group_size_v)) {
 #pragma unroll
     for (int r = 0; r < Traits::kRows; ++r) {
-      row_max[r] = negative_infinity();
-      row_sum[r] = 0;
 #pragma unroll
       for (int c = 0; c < Traits::kOutColumns; ++c) o_frag[r][c] = 0;
     }
   }
 
-  // Turns the scores S into P in place, updates m and l, and rescales O for the new maximum: softmax.cuh has the
-  // formulas.
+  // Turns the scores S into P in place, updates m and l, and rescales O for the new maximum.
   __device__ __forceinline__ void online_softmax() {
 #pragma unroll
     for (int r = 0; r < Traits::kRows; ++r) {
-      Accumulator new_max = row_max[r];
-#pragma unroll
-      for (int c = 0; c < Traits::kColumns; ++c) new_max = larger(new_max, s_frag[r][c]);
-      new_max = largest_of_lanes<16>(new_max);
-      // No key has taken part yet: every exponent is -inf whatever is subtracted, but -inf - -inf is not.
-      const Accumulator offset = new_max == negative_infinity() ? Accumulator(0) : new_max;
-      const Accumulator correction = exponential(row_max[r] - offset);
-      row_max[r] = new_max;
-      row_sum[r] *= correction;
-#pragma unroll
-      for (int c = 0; c < Traits::kColumns; ++c) {
-        s_frag[r][c] = exponential(s_frag[r][c] - offset);
-        row_sum[r] += s_frag[r][c];
-      }
+      const Accumulator correction = softmax.update(s_frag[r], r);
 #pragma unroll
       for (int c = 0; c < Traits::kOutColumns; ++c) o_frag[r][c] *= correction;
     }
@@ -184,13 +167,14 @@ struct Forward : ScoreTile<Config> {
     const auto out = work.rows_of<Config, Traits::Storage>(params, params.out);
     auto* lse = static_cast<Accumulator*>(Config::kSplit ? params.partial_lse : params.lse);
     auto* partial_out = static_cast<Accumulator*>(params.partial_out);
+    softmax.finish();
 #pragma unroll
     for (int r = 0; r < Traits::kRows; ++r) {
-      row_sum[r] = sum_of_lanes<16>(row_sum[r]);
       const int row = work.row_begin + row_begin + r;
       if (row < FwdWork::num_rows<Config>(params)) {
         const long long place = work.place_of<Config>(params, row);
-        const auto end = end_row<Config>(row_max[r], row_sum[r], params, work.head_of<Config>(params, row));
+        const auto end =
+            end_row<Config>(softmax.row_max[r], softmax.row_sum[r], params, work.head_of<Config>(params, row));
         if constexpr (Config::kSplit) {
           store_row<Traits::AccumulatorElement>(r, end.factor, partial_out + place * params.head_dim_v);
         } else {

@@ -67,7 +67,7 @@ struct FwdParams {
   int seqlen_k;
   int head_dim;    // at most Config::kHeadDim
   int head_dim_v;  // at most Config::kHeadDimV
-  int num_splits;  // if Config::kSplit: parts into which the keys of a tile of queries are divided
+  int num_splits;  // if Config::kSplit, and in weights.cu: parts into which the keys of a tile of queries are divided
   int lower;       // read if Config::kHasLower; |lower| <= 2^30, as are the lengths
   int upper;       // read if Config::kHasUpper; |upper| <= 2^30
   ScoreParams scores;

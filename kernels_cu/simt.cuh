@@ -216,3 +216,46 @@ struct ScoreTile {
     }
   }
 };
+
+// Maximum and sum of each of a thread's rows over the tiles so far: softmax.cuh has the formulas.
+template <class Config>
+struct SimtSoftmax {
+  using Simt = SimtTraits<Config>;
+  using Accumulator = typename Simt::Accumulator;
+
+  Accumulator row_max[Simt::kRows];
+  Accumulator row_sum[Simt::kRows];  // each thread's own part; `finish` adds them up
+
+  __device__ __forceinline__ SimtSoftmax() {
+#pragma unroll
+    for (int r = 0; r < Simt::kRows; ++r) {
+      row_max[r] = negative_infinity();
+      row_sum[r] = 0;
+    }
+  }
+
+  // Turns the scores of row r in a tile into P in place, and gives the factor that takes what was summed up with the
+  // old maximum to the new one.
+  __device__ __forceinline__ Accumulator update(Accumulator (&s_row)[Simt::kColumns], int r) {
+    Accumulator new_max = row_max[r];
+#pragma unroll
+    for (int c = 0; c < Simt::kColumns; ++c) new_max = larger(new_max, s_row[c]);
+    new_max = largest_of_lanes<16>(new_max);
+    // No key has taken part yet: every exponent is -inf whatever is subtracted, but -inf - -inf is not.
+    const Accumulator offset = new_max == negative_infinity() ? Accumulator(0) : new_max;
+    const Accumulator correction = exponential(row_max[r] - offset);
+    row_max[r] = new_max;
+    row_sum[r] *= correction;
+#pragma unroll
+    for (int c = 0; c < Simt::kColumns; ++c) {
+      s_row[c] = exponential(s_row[c] - offset);
+      row_sum[r] += s_row[c];
+    }
+    return correction;
+  }
+
+  __device__ __forceinline__ void finish() {
+#pragma unroll
+    for (int r = 0; r < Simt::kRows; ++r) row_sum[r] = sum_of_lanes<16>(row_sum[r]);
+  }
+};

@@ -3,23 +3,24 @@
 //     raw      S = scale Q K^T
 //     capped   softcap tanh(S / softcap)
 //     biased   + float mask, ALiBi; -inf where a mask or the band removes the key
-//     softmax  P = exp(S - lse), with the lse of a forward pass that ran before: sinks are in it (A. Vaswani et al.,
-//              2017, arXiv 1706.03762, eq. 1)
-//     dropout  the same with dropped weights 0 and the others times 1 / (1 - p), if Config::kDropout
+//     softmax  P = exp(S - lse), with the lse of a forward pass that ran before: the sinks are in it
+//     dropout  the same, with dropped weights 0 and the others times 1 / (1 - p), if Config::kDropout
 //
-// Scores are written as accumulators (float, for double double), weights as the query's elements. Everything up to the
-// stage is in this one kernel: the matrix is written once and not read.
+// (A. Vaswani et al., 2017, arXiv 1706.03762, eq. 1.) Scores are written as accumulators (float, for double double),
+// weights as the query's elements. All is computed here up to the stage: the matrix is written once and never read.
 //
-//             keys ->                         A block owns one tile of kBlockM x kBlockN scores and nothing else, so
-//                x   x+16   x+32   x+48       blocks are as many as there are tiles. 16 x 16 threads; thread (y, x) has
-//     kRows y  [ s    s      s      s  ]      the kRows rows from kRows y on and of each every 16th column from x on:
-//              [ s    s      s      s  ]      the 16 threads of a row write neighbours.
+//             keys ->                         A block owns kBlockM rows of queries and some of the tiles of keys, which
+//                x   x+16   x+32   x+48       it writes one after the other. 16 x 16 threads; thread (y, x) has the
+//     kRows y  [ s    s      s      s  ]      kRows rows from kRows y on, and of each every 16th column from x on: the
+//              [ s    s      s      s  ]      16 threads of a row write neighbours.
 //
-// simt.cuh computes the scores by multiply-adds: weights are looked at, not trained with, and writing them takes as
-// long.
+// An lse far from 0 is too coarse: ln 9 makes no difference to -1e30, the lse of a row of nine keys with a bias of -1e30
+// each. For tiles with such a row the block first walks over all keys for maximum and sum.
 //
-// Shared memory: a panel of Q and one of K, 18 KiB. Registers: kRows * kBlockN / 16 accumulators of S, and an operand's
-// step.
+// simt.cuh computes the scores, by multiply-adds: that is for looking at weights, and exact in every dtype.
+//
+// Shared memory: a panel of Q and one of K, 18 KiB. Registers: kRows * kBlockN / 16 accumulators of S, four for each
+// row, and an operand's step.
 //
 // Who waits for what:
 //
@@ -44,6 +45,9 @@ struct Traits : SimtTraits<Config> {
   static constexpr bool kIsWeights = Config::kStage == kWeights;
   using Written = ElementTraits<typename Config::Written>;
 
+  // Up to here the rounding of an lse moves a weight by less than 2^-14 of itself.
+  static constexpr int kCoarseLse = 1 << 10;
+
   static_assert(Config::kStage != kRaw || !ScoreFeatures<Config>::kAny, "nothing changes a raw score");
   static_assert(kIsBiased || !(Config::kHasLower || Config::kHasUpper), "the band removes from the stage biased on");
   static_assert(kIsWeights || !Config::kDropout, "weights are dropped, scores are not");
@@ -51,18 +55,21 @@ struct Traits : SimtTraits<Config> {
 static_assert(ScorePanels<Config>::kBytes == Config::kSharedBytes, "the launch asks for what the kernel uses");
 
 struct Weights : ScoreTile<Config> {
-  int first_key;
+  KeyTiles live;  // the others are removed whole
+  // P = factor exp(S - offset)
+  Accumulator offset[Traits::kRows];
+  Accumulator factor[Traits::kRows];
 
-  __device__ __forceinline__ Weights(const FwdParams& params, const FwdWork& work, int first_key)
-      : ScoreTile<Config>(params, work), first_key(first_key) {}
+  __device__ __forceinline__ Weights(const FwdParams& params, const FwdWork& work)
+      : ScoreTile<Config>(params, work), live(key_tiles<Config>(params, work)) {}
 
-  // A tile that no key of takes part for any query.
-  __device__ __forceinline__ void remove_scores() {
-#pragma unroll
-    for (int r = 0; r < Traits::kRows; ++r) {
-#pragma unroll
-      for (int c = 0; c < Traits::kColumns; ++c) s_frag[r][c] = negative_infinity();
-    }
+  // S of a tile of keys, as far as the stage goes.
+  __device__ __forceinline__ void compute_tile(int tile) {
+    const int first_key = tile * Config::kBlockN;
+    compute_scores(first_key);
+    if constexpr (Config::kStage == kCapped) cap_scores();
+    if constexpr (Traits::kIsBiased && ScoreFeatures<Config>::kAny) change_scores(first_key, false);
+    if constexpr (Traits::kIsBiased) mask_scores(first_key);
   }
 
   __device__ __forceinline__ void cap_scores() {
@@ -74,60 +81,101 @@ struct Weights : ScoreTile<Config> {
     }
   }
 
-  // S to P in place.
-  __device__ __forceinline__ void compute_weights() {
-    const auto* lse = static_cast<const Accumulator*>(params.lse);
+  __device__ __forceinline__ void remove_tile() {
 #pragma unroll
     for (int r = 0; r < Traits::kRows; ++r) {
-      const int row = at_most(work.row_begin + row_begin + r, params.seqlen_q - 1);
-      const Accumulator row_lse = Traits::AccumulatorElement::load(lse + work.place_of<Config>(params, row));
 #pragma unroll
-      for (int c = 0; c < Traits::kColumns; ++c) {
-        const Accumulator weight = exponential(s_frag[r][c] - row_lse);
-        s_frag[r][c] = row_lse == negative_infinity() ? Accumulator(0) : weight;
-      }
+      for (int c = 0; c < Traits::kColumns; ++c) s_frag[r][c] = negative_infinity();
     }
   }
 
-  __device__ __forceinline__ void store() const {
-    auto* weights = static_cast<Traits::Written::Storage*>(params.weights);
-    const Accumulator factor = Config::kDropout ? static_cast<Accumulator>(params.scores.dropout_scale) : 1;
+  // Rows beyond the last query are treated as the last.
+  __device__ __forceinline__ Accumulator lse_of(int row) const {
+    const long long place = work.place_of<Config>(params, at_most(row, params.seqlen_q - 1));
+    return Traits::AccumulatorElement::load(static_cast<const Accumulator*>(params.lse) + place);
+  }
+
+  // The same answer in all threads of the block: each warp looks at all of the tile's rows.
+  __device__ __forceinline__ bool is_lse_coarse() const {
+    Accumulator largest = 0;
+#pragma unroll
+    for (int row = 0; row < Config::kBlockM; row += 32) {
+      const Accumulator lse = lse_of(work.row_begin + row + isa::lane_index());
+      if (lse != negative_infinity()) largest = larger(largest, lse < 0 ? -lse : lse);
+    }
+    return largest_of_lanes<32>(largest) > Traits::kCoarseLse;
+  }
+
+  __device__ __forceinline__ void prepare_weights() {
+    SimtSoftmax<Config> softmax;
+    const bool is_coarse = is_lse_coarse();
+    if (is_coarse) {
+      for (int tile = live.begin; tile < live.end; ++tile) {
+        compute_tile(tile);
+#pragma unroll
+        for (int r = 0; r < Traits::kRows; ++r) softmax.update(s_frag[r], r);
+      }
+      softmax.finish();
+    }
+#pragma unroll
+    for (int r = 0; r < Traits::kRows; ++r) {
+      const Accumulator lse = lse_of(work.row_begin + row_begin + r);
+      offset[r] = is_coarse ? softmax.row_max[r] : lse;
+      factor[r] = Config::kDropout ? static_cast<Accumulator>(params.scores.dropout_scale) : 1;
+      if (is_coarse) factor[r] = end_row<Config>(softmax.row_max[r], softmax.row_sum[r], params, work.head).factor;
+      // No key takes part: -inf - -inf is not -inf.
+      if (lse == negative_infinity() || offset[r] == negative_infinity()) offset[r] = factor[r] = 0;
+    }
+  }
+
+  // S to P in place, but for the factor.
+  __device__ __forceinline__ void compute_weights() {
+#pragma unroll
+    for (int r = 0; r < Traits::kRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < Traits::kColumns; ++c) s_frag[r][c] = exponential(s_frag[r][c] - offset[r]);
+    }
+  }
+
+  __device__ __forceinline__ void store_tile(int tile) const {
+    auto* written = static_cast<Traits::Written::Storage*>(params.weights);
 #pragma unroll
     for (int r = 0; r < Traits::kRows; ++r) {
       const int row = work.row_begin + row_begin + r;
       if (row < params.seqlen_q) {
-        auto* row_gmem = weights + work.place_of<Config>(params, row) * params.seqlen_k;
+        auto* row_gmem = written + work.place_of<Config>(params, row) * params.seqlen_k;
 #pragma unroll
         for (int c = 0; c < Traits::kColumns; ++c) {
-          const int key = first_key + lane_x + 16 * c;
-          if (key < params.seqlen_k) Traits::Written::store(row_gmem + key, s_frag[r][c] * factor);
+          const int key = tile * Config::kBlockN + lane_x + 16 * c;
+          const Accumulator value = Traits::kIsWeights ? factor[r] * s_frag[r][c] : s_frag[r][c];
+          if (key < params.seqlen_k) Traits::Written::store(row_gmem + key, value);
         }
       }
     }
   }
 
-  __device__ __forceinline__ void run(bool is_live) {
-    if (is_live) {
-      compute_scores(first_key);
-      if constexpr (Config::kStage == kCapped) cap_scores();
-      if constexpr (Traits::kIsBiased && ScoreFeatures<Config>::kAny) change_scores(first_key, false);
-      if constexpr (Traits::kIsBiased) mask_scores(first_key);
+  __device__ __forceinline__ void write_tile(int tile) {
+    if (live.begin <= tile && tile < live.end) {
+      compute_tile(tile);
     } else {
-      remove_scores();
+      remove_tile();
     }
     if constexpr (Traits::kIsWeights) compute_weights();
-    if constexpr (Config::kDropout) drop_weights(first_key);
-    store();
+    if constexpr (Config::kDropout) drop_weights(tile * Config::kBlockN);
+    store_tile(tile);
   }
 };
 
 extern "C" __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     flash_weights(const __grid_constant__ FwdParams params) {
-  // Tiles of keys within tiles of queries within heads within batch entries.
-  const int num_tiles = (params.seqlen_k + Config::kBlockN - 1) / Config::kBlockN;
+  // Here num_splits blocks share the keys of a tile of rows: equal parts, the last ones shorter or empty.
   const int block = isa::block_index_x();
-  const FwdWork work = FwdWork::of_block<Config>(params, block / num_tiles);
-  const int tile = block % num_tiles;
-  const KeyTiles live = key_tiles<Config>(params, work);
-  Weights(params, work, tile * Config::kBlockN).run(live.begin <= tile && tile < live.end);
+  const FwdWork work = FwdWork::of_block<Config>(params, block / params.num_splits);
+  const int num_tiles = (params.seqlen_k + Config::kBlockN - 1) / Config::kBlockN;
+  const int share = (num_tiles + params.num_splits - 1) / params.num_splits;
+  const int begin = block % params.num_splits * share;
+  Weights weights(params, work);
+  if constexpr (Traits::kIsWeights) weights.prepare_weights();
+#pragma unroll 1
+  for (int tile = begin; tile < at_most(begin + share, num_tiles); ++tile) weights.write_tile(tile);
 }

@@ -161,7 +161,7 @@ def prepare(problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[A
             addresses[i], steps[i] = address(array), _steps(array.shape, array.strides, itemsize, 1)
 
     batch_shape = problem.batch_shape
-    masks = [] if problem.has_plain_scores else _masks(buffers, problem.namespace)
+    masks = [] if problem.has_plain_scores else _masks(buffers, address)
     summary = None
     if problem.has_bool_mask:
         summary = _summary_for(plan, masks[-1], problem.namespace, address)
@@ -194,10 +194,16 @@ def prepare(problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[A
     )
 
 
-def _masks(buffers: Buffers, xp: Any) -> list[Any]:
-    """The float and the bool mask that there are; copied where elements do not lie at multiples of their size."""
-    masks = [mask for mask in (buffers.float_mask, buffers.bool_mask) if mask is not None]
-    return [xp.ascontiguousarray(m) if any(s % m.itemsize for s in m.strides) else m for m in masks]
+def _masks(buffers: Buffers, address: Callable[[Any], int]) -> list[Any]:
+    """The float and the bool mask that there are."""
+    return [_aligned(mask, address) for mask in (buffers.float_mask, buffers.bool_mask) if mask is not None]
+
+
+def _aligned(array: Any, address: Callable[[Any], int]) -> Any:
+    """The array, or where its elements do not lie at multiples of their size a copy of what is there once."""
+    if not any(number % array.itemsize for number in (address(array), *array.strides)):
+        return array
+    return array[tuple([slice(None, 1) if stride == 0 else slice(None) for stride in array.strides])].copy()
 
 
 def _summary_for(plan: Plan, mask: Any, xp: Any, address: Callable[[Any], int]) -> MaskSummary | None:
@@ -239,10 +245,10 @@ def _scores(
     bool_mask = _NO_MASK if buffers.bool_mask is None else next(described)
     sinks, sinks_of = (0, 0), None
     if buffers.sinks is not None:
-        sinks_of = xp.ascontiguousarray(buffers.sinks)
+        sinks_of = _aligned(xp.ascontiguousarray(buffers.sinks), address)
         sinks = (address(sinks_of), int(sinks_of.dtype == np.float32))
     if alibi_slopes is not None:
-        alibi_slopes = xp.ascontiguousarray(alibi_slopes)
+        alibi_slopes = _aligned(xp.ascontiguousarray(alibi_slopes), address)
     seed_is_array = seed is not None and not isinstance(seed, int)
     p = problem.dropout_p
     params = pack_scores(
@@ -299,10 +305,11 @@ def launches(problem: Problem, plan: Plan, operands: Operands) -> Iterator[tuple
         if isinstance(launch.spec, CombineSpec):
             yield launch, _combine_params(problem, plan, operands)
         else:
-            yield launch, _forward_params(problem, plan, operands)
+            parts = plan.weights_parts if isinstance(launch.spec, WeightsSpec) else plan.num_splits
+            yield launch, _forward_params(problem, plan, operands, parts)
 
 
-def _forward_params(problem: Problem, plan: Plan, operands: Operands) -> np.void:
+def _forward_params(problem: Problem, plan: Plan, operands: Operands, num_splits: int) -> np.void:
     query, key, value, out, *others = operands.addresses
     query_steps, key_steps, value_steps, out_steps = operands.steps
     num_heads_q, seqlen_q, seqlen_k, band = problem.num_heads_q, problem.seqlen_q, problem.seqlen_k, problem.band
@@ -327,7 +334,7 @@ def _forward_params(problem: Problem, plan: Plan, operands: Operands) -> np.void
         seqlen_k,
         problem.head_dim,
         problem.head_dim_v,
-        plan.num_splits,
+        num_splits,
         # The kernel may look at a bound that the band lacks: then at one that removes nothing.
         -seqlen_q if band.lower is None else band.lower,
         seqlen_k if band.upper is None else band.upper,

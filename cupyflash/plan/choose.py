@@ -120,8 +120,6 @@ def refusals(problem: Problem) -> list[str]:
     # At one row a tile: no tile makes more blocks.
     if problem.batch_size * problem.num_heads_q * seqlen_q > _MAX_BLOCKS and _most_tiles(problem) > _MAX_BLOCKS:
         reasons.append(f"it takes up to {_MAX_BLOCKS} tiles of queries, and these are more")
-    if problem.weights_stage is not None and _weights_tiles(problem) > _MAX_BLOCKS:
-        reasons.append(f"it takes up to {_MAX_BLOCKS} tiles of weights, and these are more")
     return reasons
 
 
@@ -152,8 +150,11 @@ def choose(problem: Problem, device: DeviceSpec) -> Plan:
     plan = _plan_forward(problem, device)
     if problem.weights_stage is None:
         return plan
-    features = _features(problem)
-    return _with_weights(plan, problem.dtype, problem.weights_stage, features, _weights_tiles(problem))
+    tile, heads = WeightsSpec.tile, problem.batch_size * problem.num_heads_q
+    num_tiles = _num_tiles(heads, problem.seqlen_q, tile.block_m, 1)
+    parts = num_splits(num_tiles, math.ceil(problem.seqlen_k / tile.block_n), device.sms)
+    blocks = num_tiles * parts if problem.seqlen_k else 0
+    return _with_weights(plan, problem.dtype, problem.weights_stage, _features(problem), blocks, parts)
 
 
 def _plan_forward(problem: Problem, device: DeviceSpec) -> Plan:
@@ -230,13 +231,13 @@ def _plan(queries: _Queries, splits: int) -> Plan:
 
 
 @lru_cache(maxsize=512)
-def _with_weights(forward: Plan, dtype: str, stage: str, features: Features, num_tiles: int) -> Plan:
+def _with_weights(forward: Plan, dtype: str, stage: str, features: Features, blocks: int, parts: int) -> Plan:
     """The plan of a forward pass with a launch for the weights behind it, or of scores without a forward pass."""
     spec = _weights_spec(dtype, stage, features)
-    weights = (Launch(spec, (num_tiles,)),) if num_tiles else ()
+    weights = (Launch(spec, (blocks,)),) if blocks else ()
     if spec.stage == "softmax":
-        return replace(forward, launches=(*forward.launches, *weights))
-    return Plan(weights, row_alignment=dtype_named(dtype).storage.itemsize)
+        return replace(forward, launches=(*forward.launches, *weights), weights_parts=parts)
+    return Plan(weights, row_alignment=dtype_named(dtype).storage.itemsize, weights_parts=parts)
 
 
 def _weights_spec(dtype: str, stage: str, features: Features) -> WeightsSpec:
@@ -487,13 +488,6 @@ def _num_tiles(num_heads: int, seqlen_q: int, block_m: int, pack: int) -> int:
 def _most_tiles(problem: Problem) -> int:
     lowest = min(tile.block_m for row in TILES for tile in row.tiles)
     return _num_tiles(problem.batch_size * problem.num_heads_q, problem.seqlen_q, lowest, 1)
-
-
-def _weights_tiles(problem: Problem) -> int:
-    """Tiles of scores of all heads of the batch."""
-    tile = WeightsSpec.tile
-    rows = _num_tiles(problem.batch_size * problem.num_heads_q, problem.seqlen_q, tile.block_m, 1)
-    return rows * math.ceil(problem.seqlen_k / tile.block_n)
 
 
 def _keys_of_a_tile(problem: Problem, queries: int) -> int:

@@ -142,7 +142,8 @@ class CombineSpec:
 @hash_once
 @dataclass(frozen=True)
 class WeightsSpec:
-    """The kernel that writes the L×S scores at one stage, or the weights: one block for each tile.
+    """The kernel that writes the L×S scores at one stage, or the weights: a block has 64 queries and
+    all keys, or a part of them.
 
     Parameters
     ----------
@@ -252,12 +253,15 @@ class Plan:
         Query heads in one tile of rows.
     row_alignment : int
         Bytes at whose multiples the kernels need rows to begin.
+    weights_parts : int
+        Blocks that share the keys of each tile of weights.
     """
 
     launches: tuple[Launch, ...]
     num_splits: int = 1
     pack: int = 1
     row_alignment: int = 1
+    weights_parts: int = 1
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.launches)) or "nothing to compute"

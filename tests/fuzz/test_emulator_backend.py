@@ -26,7 +26,6 @@ REFUSED: dict[str, Any] = {
     "sinks": None,
     "score_mod": None,
     "mask_mod": None,
-    "return_weights": False,
 }
 SCHEDULES = st.builds(
     "schedule={},seed={},late_landing={},workers={}".format,

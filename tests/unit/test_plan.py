@@ -293,7 +293,6 @@ def test_a_gpu_without_kernels_is_named_with_the_way_out() -> None:
         ({"has_score_mod": True}, "it has no score_mod"),
         ({"has_mask_mod": True}, "it has no mask_mod"),
         ({"precision": "tf32"}, "it has no precision 'tf32'"),
-        ({"weights_stage": "softmax"}, "it has no weights"),
         ({"seqlen_k": 2**30}, f"it takes lengths up to {2**30 - 256}, but S was {2**30}"),
         ({"heads": 2**31}, f"it takes up to {2**31 - 1} tiles of queries, and these are more"),
     ],
