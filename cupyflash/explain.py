@@ -239,7 +239,7 @@ def _launches(found: Explanation, plan: Plan, device: DeviceSpec) -> list[str]:
     if plan.num_splits > 1:
         problem = found.problem
         rows = plan.num_splits * problem.batch_size * problem.num_heads_q * problem.seqlen_q
-        partial = rows * (problem.head_dim_v + 1) * problem.element.accumulator.itemsize
+        partial = rows * (problem.head_dim_v + 2) * problem.element.accumulator.itemsize
         splits += f", which leave {_size(partial)} of partial results"
     else:
         splits = "1, the keys of a tile of queries are not divided"

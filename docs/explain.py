@@ -57,7 +57,7 @@ EXAMPLES = (
     ),
     (
         "What no kernel has",
-        "def nearer(score, batch, head, i, j):\n    return score - abs(i - j)\n\n"
+        "def nearer(score, batch, head, i, j):\n    return score - abs(i - j)\n\n\n"
         'explain(query, key, value, enable_gqa=True, score_mod=nearer, device="H200")',
     ),
     ("NumPy arrays without a device", "explain(query, key, value, enable_gqa=True)"),

@@ -1,6 +1,6 @@
 // Joins the partial results of a split forward pass: attention over disjoint sets of keys, by their log-sum-exps.
 //
-//     m = max_s lse_s,  w_s = exp(lse_s - m),  l = sum_s w_s
+//     m = max_s m_s,  w_s = exp(m_s - m) l_s,  l = sum_s w_s              (join.cuh)
 //     O = sum_s (w_s / l) O_s,  lse = m + ln l
 //
 // That is the recurrence of FlashAttention-2 (T. Dao, 2023, arXiv 2307.08691), Algorithm 1, over parts instead of
@@ -8,8 +8,8 @@
 // (T. Dao et al., 2023).
 //
 //                 elements ->
-//     split 0    o o o o o ..    lse_0         One warp owns a row of the output, a query of a head: the same row of
-//     split 1    o o o o o ..    lse_1         every part. For the log-sum-exps a lane takes every 32nd part, for O
+//     split 0    o o o o o ..    m_0, l_0      One warp owns a row of the output, a query of a head: the same row of
+//     split 1    o o o o o ..    m_1, l_1      every part. For the log-sum-exps a lane takes every 32nd part, for O
 //     ..                                       every 32nd element.
 //
 //     O          o o o o o ..    lse
@@ -17,7 +17,7 @@
 // No shared memory, no barrier: the lanes of a warp exchange maximum and sum by shuffles, in one order whatever runs
 // when, so results are repeatable to the bit.
 //
-// A part whose log-sum-exp is -inf saw no key: its O is not looked at. Without keys in any part O is 0 and lse -inf.
+// A part whose l is 0 saw no key: its O is not looked at. Without keys in any part O is 0 and lse -inf.
 // A NaN in a part stays in its row. Rows need only an element's own alignment.
 #include "isa.cuh"
 #include "join.cuh"
@@ -39,21 +39,22 @@ struct Combine {
   const CombineParams& params;
   long long row;
   long long num_rows;
-  Joint<Accumulator> joint;
+  ExpSum<Accumulator> whole;
 
   __device__ __forceinline__ Combine(const CombineParams& params, long long row, long long num_rows)
-      : params(params), row(row), num_rows(num_rows), joint() {
-    joint = Joint<Accumulator>::of(params.num_splits, [this](int split) { return partial_lse(split); });
+      : params(params), row(row), num_rows(num_rows), whole() {
+    whole = ExpSum<Accumulator>::over(params.num_splits, [this](int split) { return part(split); });
   }
 
-  __device__ __forceinline__ Accumulator partial_lse(int split) const {
-    return Traits::AccumulatorElement::load(static_cast<const Accumulator*>(params.partial_lse) + split * num_rows +
-                                            row);
+  __device__ __forceinline__ ExpSum<Accumulator> part(int split) const {
+    using Element = Traits::AccumulatorElement;
+    const Accumulator* pair = static_cast<const Accumulator*>(params.partial_lse) + 2 * (split * num_rows + row);
+    return {Element::load(pair), Element::load(pair + 1)};
   }
 
   // The row's log-sum-exp, and what its joined parts are multiplied by: 1, but for the head's sink.
   __device__ __forceinline__ RowEnd<Accumulator> end() const {
-    const RowEnd<Accumulator> end = {joint.lse(), 1};
+    const RowEnd<Accumulator> end = {whole.lse(), 1};
     if (params.sinks == nullptr) return end;
     return add_sink<typename Config::Element>(end, params.sinks, params.sinks_are_float != 0, head());
   }
@@ -67,11 +68,11 @@ struct Combine {
     for (int column = isa::lane_index(); column < params.head_dim_v; column += 32) {
       Accumulator sum = 0;
       for (int split = 0; split < params.num_splits; ++split) {
-        const Accumulator lse = partial_lse(split);
-        if (lse == negative_infinity()) continue;
-        const Accumulator* part =
+        const ExpSum<Accumulator> keys = part(split);
+        if (keys.total == 0) continue;
+        const Accumulator* part_out =
             static_cast<const Accumulator*>(params.partial_out) + (split * num_rows + row) * params.head_dim_v;
-        sum += joint.weight(lse) * Traits::AccumulatorElement::load(part + column);
+        sum += whole.weight(keys) * Traits::AccumulatorElement::load(part_out + column);
       }
       Traits::Element::store(out + column, sum * factor);
     }

@@ -6,17 +6,18 @@
 #include "softmax.cuh"
 
 // Divides O by the row sums, which it adds up over the lanes of a row, and gives the rows' log-sum-exps. The maximum is
-// that of raw scores, or of what came of them if Config::kScaleFirst.
+// that of raw scores, or of what came of them if Config::kScaleFirst; afterwards it is scaled.
 template <class Config, int kOutTiles>
-__device__ __forceinline__ void normalize(float (&o_frag)[kOutTiles][4], float (&lse)[2], const RowState& state,
+__device__ __forceinline__ void normalize(float (&o_frag)[kOutTiles][4], float (&lse)[2], RowState& state,
                                           const FwdParams& params, const FwdWork& work, int row_begin) {
   const int lane = isa::lane_index();
   const float max_scale = Config::kScaleFirst ? 1.0f : static_cast<float>(params.scale);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float row_sum = sum_of_lanes<4>(state.row_sum[half]);
+    state.row_sum[half] = sum_of_lanes<4>(state.row_sum[half]);
+    state.row_max[half] *= max_scale;
     const int head = work.head_of<Config>(params, row_begin + acc_row(lane, 2 * half));
-    const auto end = end_row<Config>(state.row_max[half] * max_scale, row_sum, params, head);
+    const auto end = end_row<Config>(state.row_max[half], state.row_sum[half], params, head);
     lse[half] = end.lse;
 #pragma unroll
     for (int n = 0; n < kOutTiles; ++n) {
@@ -26,17 +27,22 @@ __device__ __forceinline__ void normalize(float (&o_frag)[kOutTiles][4], float (
   }
 }
 
-// lse_gmem is the whole array, or that of all splits.
 template <class Config>
-__device__ __forceinline__ void store_lse(float* lse_gmem, const float (&lse)[2], const FwdParams& params,
-                                          const FwdWork& work, int row_begin) {
+__device__ __forceinline__ void store_lse(const FwdParams& params, const FwdWork& work, const float (&lse)[2],
+                                          const RowState& state, int row_begin) {
   const int lane = isa::lane_index();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = row_begin + acc_row(lane, 2 * half);
     // One of the row's four lanes writes.
     if (lane % 4 == 0 && row < FwdWork::num_rows<Config>(params)) {
-      isa::stg_4(lse_gmem + work.place_of<Config>(params, row), isa::float_bits(lse[half]));
+      const long long place = work.place_of<Config>(params, row);
+      if constexpr (Config::kSplit) {
+        const uint2 pair = {isa::float_bits(state.row_max[half]), isa::float_bits(state.row_sum[half])};
+        isa::stg_8(static_cast<float*>(params.partial_lse) + 2 * place, pair);
+      } else {
+        isa::stg_4(static_cast<float*>(params.lse) + place, isa::float_bits(lse[half]));
+      }
     }
   }
 }

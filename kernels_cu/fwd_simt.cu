@@ -165,7 +165,8 @@ struct Forward : ScoreTile<Config> {
 
   __device__ __forceinline__ void finish() {
     const auto out = work.rows_of<Config, Traits::Storage>(params, params.out);
-    auto* lse = static_cast<Accumulator*>(Config::kSplit ? params.partial_lse : params.lse);
+    auto* lse = static_cast<Accumulator*>(params.lse);
+    auto* partial_lse = static_cast<Accumulator*>(params.partial_lse);
     auto* partial_out = static_cast<Accumulator*>(params.partial_out);
     softmax.finish();
 #pragma unroll
@@ -177,11 +178,15 @@ struct Forward : ScoreTile<Config> {
             end_row<Config>(softmax.row_max[r], softmax.row_sum[r], params, work.head_of<Config>(params, row));
         if constexpr (Config::kSplit) {
           store_row<Traits::AccumulatorElement>(r, end.factor, partial_out + place * params.head_dim_v);
+          // One of the row's 16 threads writes.
+          if (lane_x == 0) {
+            Traits::AccumulatorElement::store(partial_lse + 2 * place, row_max[r]);
+            Traits::AccumulatorElement::store(partial_lse + 2 * place + 1, row_sum[r]);
+          }
         } else {
           store_row<Traits::Element>(r, end.factor, out.row(row));
+          if (lse != nullptr && lane_x == 0) Traits::AccumulatorElement::store(lse + place, end.lse);
         }
-        // One of the row's 16 threads writes.
-        if (lse != nullptr && lane_x == 0) Traits::AccumulatorElement::store(lse + place, end.lse);
       }
     }
   }

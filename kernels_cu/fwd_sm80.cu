@@ -178,8 +178,7 @@ struct Forward {
     const int row = row_begin + warp_row;
     float lse[2];
     normalize<Config>(o_frag, lse, state, params, work, row);
-    void* lse_gmem = Config::kSplit ? params.partial_lse : params.lse;
-    if (lse_gmem != nullptr) store_lse<Config>(static_cast<float*>(lse_gmem), lse, params, work, row);
+    if (Config::kSplit || params.lse != nullptr) store_lse<Config>(params, work, lse, state, row);
     if constexpr (Config::kSplit) {
       store_partial_out<Config>(params, work, o_frag, row);
     } else {

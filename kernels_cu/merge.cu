@@ -60,9 +60,9 @@ struct RowPlace {
 
 using Sums = Traits::Accumulator[Traits::kColumns];
 
-__device__ __forceinline__ Traits::Accumulator load_lse(const Part& part, const RowPlace& place) {
+__device__ __forceinline__ ExpSum<Traits::Accumulator> load_lse(const Part& part, const RowPlace& place) {
   using Lse = ElementTraits<Traits::Accumulator>;
-  return Lse::load(static_cast<const Lse::Storage*>(part.lse) + place.offset(part.lse_strides));
+  return {Lse::load(static_cast<const Lse::Storage*>(part.lse) + place.offset(part.lse_strides)), 1};
 }
 
 // sums += weight * the lane's columns of the part's row, from column_begin on.
@@ -94,18 +94,18 @@ extern "C" __global__ void __launch_bounds__(Traits::kNumThreads)
   if (row >= params.num_rows) return;
   const RowPlace place = RowPlace::of(static_cast<int>(row), params.shape);
   const auto lse_of = [&](int part) { return load_lse(params.parts[part], place); };
-  const auto joint = Joint<Traits::Accumulator>::of(params.num_parts, lse_of);
+  const auto whole = ExpSum<Traits::Accumulator>::over(params.num_parts, lse_of);
   const int lane = isa::lane_index();
 
   Traits::OutStorage* out = static_cast<Traits::OutStorage*>(params.out) + row * params.head_dim_v;
   for (int begin = lane; begin < params.head_dim_v; begin += 32 * Traits::kColumns) {
     Sums sums = {};
     for (int part = 0; part < params.num_parts; ++part) {
-      add_part(sums, params.parts[part], place, joint.weight(lse_of(part)), begin, params.head_dim_v);
+      add_part(sums, params.parts[part], place, whole.weight(lse_of(part)), begin, params.head_dim_v);
     }
     store_row(out, sums, begin, params.head_dim_v);
   }
   if (lane == 0) {
-    ElementTraits<Traits::Accumulator>::store(static_cast<Traits::Accumulator*>(params.lse) + row, joint.lse());
+    ElementTraits<Traits::Accumulator>::store(static_cast<Traits::Accumulator*>(params.lse) + row, whole.lse());
   }
 }

@@ -54,7 +54,8 @@ struct FwdParams {
   Tensor out;         // [*batch_shape, num_heads_q, seqlen_q, head_dim_v]; not written if Config::kSplit
   void* lse;          // accumulators [batch_size, num_heads_q, seqlen_q], contiguous; null if nobody asks for it
   void* partial_out;  // if Config::kSplit: accumulators [num_splits, batch_size, num_heads_q, seqlen_q, head_dim_v],
-  void* partial_lse;  //   normalised within the split, and [num_splits, batch_size, num_heads_q, seqlen_q]
+  void* partial_lse;  //   normalised within the split; and [num_splits, batch_size, num_heads_q, seqlen_q, 2]: m
+                      //   and l of lse = m + ln l
   void* weights;      // [batch_size, num_heads_q, seqlen_q, seqlen_k], contiguous; for weights.cu alone, else null
   double scale;       // > 0 unless Config::kScaleFirst
   int batch_shape[kBatchAxes];
@@ -78,7 +79,7 @@ struct CombineParams {
   Tensor out;               // [*batch_shape, num_heads_q, seqlen_q, head_dim_v]
   void* lse;                // accumulators [batch_size, num_heads_q, seqlen_q]; may be null
   const void* partial_out;  // accumulators [num_splits, batch_size, num_heads_q, seqlen_q, head_dim_v]
-  const void* partial_lse;  // accumulators [num_splits, batch_size, num_heads_q, seqlen_q]
+  const void* partial_lse;  // accumulators [num_splits, batch_size, num_heads_q, seqlen_q, 2]
   const void* sinks;        // [num_heads_q]; null: no sinks
   int batch_shape[kBatchAxes];
   int batch_size;

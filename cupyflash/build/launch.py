@@ -127,7 +127,7 @@ class Operands(NamedTuple):
     out: Any  # (*batch, Hq, L, Ev)
     lse: Any  # (*batch, Hq, L) contiguous: the caller's, or a new one that weights need; or None
     partial_out: Any  # (num_splits, *batch, Hq, L, Ev) accumulators, or None
-    partial_lse: Any  # (num_splits, *batch, Hq, L), or None
+    partial_lse: Any  # (num_splits, *batch, Hq, L, 2), or None
     weights: Any  # (*batch, Hq, L, S) contiguous, or None
     # What of them goes into parameter blocks.
     batch_shape: tuple[int, ...]  # BATCH_AXES of them
@@ -177,7 +177,7 @@ def prepare(problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[A
         lse = xp.empty(buffers.out.shape[:-1], accumulator)
     if plan.num_splits > 1:
         partial_out = xp.empty((plan.num_splits, *buffers.out.shape), accumulator)
-        partial_lse = xp.empty(partial_out.shape[:-1], accumulator)
+        partial_lse = xp.empty((*partial_out.shape[:-1], 2), accumulator)
     workspace = (lse, partial_out, partial_lse, buffers.weights)
     for array in workspace:
         addresses.append(0 if array is None else address(array))
@@ -195,15 +195,19 @@ def prepare(problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[A
 
 
 def _masks(buffers: Buffers, address: Callable[[Any], int]) -> list[Any]:
-    """The float and the bool mask that there are."""
-    return [_aligned(mask, address) for mask in (buffers.float_mask, buffers.bool_mask) if mask is not None]
+    """The float and the bool mask that there are; copied where elements do not lie at multiples of their size."""
+    masks = [mask for mask in (buffers.float_mask, buffers.bool_mask) if mask is not None]
+    return [_entries_once(m).copy() if any(n % m.itemsize for n in (address(m), *m.strides)) else m for m in masks]
 
 
-def _aligned(array: Any, address: Callable[[Any], int]) -> Any:
-    """The array, or where its elements do not lie at multiples of their size a copy of what is there once."""
-    if not any(number % array.itemsize for number in (address(array), *array.strides)):
-        return array
-    return array[tuple([slice(None, 1) if stride == 0 else slice(None) for stride in array.strides])].copy()
+def _entries_once(mask: Any) -> Any:
+    """The mask with axes of length 1 in place of those along which it repeats itself by a stride of 0."""
+    return mask[tuple([slice(None, 1) if stride == 0 else slice(None) for stride in mask.strides])]
+
+
+def _packed(array: Any, address: Callable[[Any], int]) -> Any:
+    """The array itself if its elements follow one another at multiples of their size, else a copy."""
+    return array if array.flags.c_contiguous and address(array) % array.itemsize == 0 else array.copy()
 
 
 def _summary_for(plan: Plan, mask: Any, xp: Any, address: Callable[[Any], int]) -> MaskSummary | None:
@@ -238,18 +242,20 @@ def _scores(
     address: Callable[[Any], int],
 ) -> tuple[bytes, tuple[int, int], tuple[Any, ...]]:
     """What the kernels have to know of everything but the band: SCORE_PARAMS; the sinks; arrays to be kept."""
-    xp, alibi_slopes, seed = problem.namespace, buffers.alibi_slopes, buffers.seed
+    alibi_slopes, seed = buffers.alibi_slopes, buffers.seed
     arrays = [*masks, *([summary.array] if summary else ())]
     described = iter([(address(array), *step) for array, step in zip(arrays, steps, strict=True)])
     float_mask = _NO_MASK if buffers.float_mask is None else next(described)
     bool_mask = _NO_MASK if buffers.bool_mask is None else next(described)
     sinks, sinks_of = (0, 0), None
     if buffers.sinks is not None:
-        sinks_of = _aligned(xp.ascontiguousarray(buffers.sinks), address)
+        sinks_of = _packed(buffers.sinks, address)
         sinks = (address(sinks_of), int(sinks_of.dtype == np.float32))
     if alibi_slopes is not None:
-        alibi_slopes = _aligned(xp.ascontiguousarray(alibi_slopes), address)
+        alibi_slopes = _packed(alibi_slopes, address)
     seed_is_array = seed is not None and not isinstance(seed, int)
+    if seed_is_array:
+        seed = _packed(seed, address)
     p = problem.dropout_p
     params = pack_scores(
         *float_mask,
@@ -259,14 +265,21 @@ def _scores(
         sinks[0],
         address(seed) if seed_is_array else 0,
         seed if seed is not None and not seed_is_array else 0,
-        problem.softcap,
+        _softcap(problem),
         0.0 if p == 1 else 1 / (1 - p),
         min(dropout_threshold(p), 2**32 - 1),
         problem.shift if problem.has_alibi else 0,
         problem.num_heads_q if alibi_slopes is not None and len(alibi_slopes) > 1 else 0,
         sinks[1],
     )
-    return params.tobytes(), sinks, (*masks, sinks_of, alibi_slopes)
+    return params.tobytes(), sinks, (*masks, sinks_of, alibi_slopes, seed)
+
+
+def _softcap(problem: Problem) -> float:
+    """As an accumulator holds it; 0, which caps nothing, where it is beyond the range, and where there is none."""
+    limits = np.finfo(problem.element.accumulator)
+    softcap = abs(problem.softcap)
+    return 0.0 if softcap == 0 or softcap > float(limits.max) else max(softcap, float(limits.tiny))
 
 
 class Copy(NamedTuple):
@@ -468,7 +481,7 @@ def summarize_mask(mask: Any, block_m: int, block_n: int, xp: Any, address: Call
     Unsupported
         The mask has more batch axes than a kernel carries, after joining.
     """
-    once = mask[tuple([slice(None, 1) if stride == 0 else slice(None) for stride in mask.strides])]
+    once = _entries_once(mask)
     # A warp's lanes stand side by side along the axis whose neighbours lie closer.
     is_swapped = _distance(once, -2) < _distance(once, -1)
     if is_swapped:

@@ -113,7 +113,7 @@ def forward(spec, q, k, v, *, kernel=None, options: Options | None = None, num_s
     if spec.split:
         partial = (
             guarded_array((num_splits, *shape), np.float32, "partial_out"),
-            guarded_array((num_splits, *shape[:3]), np.float32, "partial_lse"),
+            guarded_array((num_splits, *shape[:3], 2), np.float32, "partial_lse"),
         )
     for array in (lse, *(partial or ())):
         array[...] = np.nan
@@ -127,5 +127,8 @@ def forward(spec, q, k, v, *, kernel=None, options: Options | None = None, num_s
     assert np.isnan(lse).all()
     for array in partial:
         assert not np.isnan(array).any(), "every block writes all of its part"
-    joined, joined_lse = merge_attention(*(list(array) for array in partial))
+    outs, sums = partial
+    with np.errstate(divide="ignore"):  # a part without keys: -inf, and nothing
+        lses = sums[..., 0] + np.log(sums[..., 1])
+    joined, joined_lse = merge_attention(list(outs), list(lses))
     return joined.astype(q.dtype), joined_lse, counters

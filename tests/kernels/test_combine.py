@@ -25,14 +25,19 @@ def module(dtype):
     return Module(render_kernel(CombineSpec(dtype)))
 
 
-def combine(dtype, outs, lses, *, out=None, with_lse=True, options=None, kernel=None):
-    """(out, lse) of parts [split, batch, head, query, element], on guarded arrays filled with NaN before."""
+def combine(dtype, outs, lses, *, sums=None, out=None, with_lse=True, options=None, kernel=None):
+    """(out, lse) of parts [split, batch, head, query, element], on guarded arrays filled with NaN before.
+
+    Their log-sum-exps are given as such or, as `sums`, in two parts.
+    """
+    if sums is None:
+        sums = np.stack([lses, np.where(lses == -np.inf, 0, 1)], axis=-1).astype(lses.dtype)
     splits, *shape = outs.shape
     out = guarded_array(tuple(shape), DTYPES[dtype], "out") if out is None else out
     lse = guarded_array(tuple(shape[:3]), lses.dtype, "lse")
     out[...] = np.nan
     lse[...] = np.nan
-    parts = guarded_copy(outs, "partial_out"), guarded_copy(lses, "partial_lse")
+    parts = guarded_copy(outs, "partial_out"), guarded_copy(sums, "partial_lse")
     batch, head, row = (stride // out.itemsize for stride in out.strides[:3])
     params = np.zeros((), COMBINE_PARAMS)
     params["out"] = (out.ctypes.data, (0, 0, 0, batch), head, row)
@@ -96,6 +101,30 @@ def test_the_parts_of_attention_make_the_whole(dtype):
     lses = np.stack([part.lse for part in found]).astype(accumulator)
     result = combine(dtype, outs, lses)
     assert_attention_close(result, {"query": q, "key": k, "value": v, "return_lse": True}, backend="combine")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_how_a_log_sum_exp_is_divided_changes_nothing_but_rounding(dtype):
+    outs, lses = parts(dtype, 5)
+    expected, expected_lse = combine(dtype, outs, lses)
+    shift = np.random.default_rng(7).uniform(0, 5, lses.shape).astype(lses.dtype)
+    total = np.where(lses == -np.inf, 0, np.exp(shift)).astype(lses.dtype)
+    out, lse = combine(dtype, outs, lses, sums=np.stack([lses - shift, total], axis=-1))
+    u = 2.0**-53 if dtype == "float64" else 2.0**-24
+    np.testing.assert_allclose(lse, expected_lse, atol=64 * u)
+    np.testing.assert_allclose(out.astype(float), expected.astype(float), atol=8 * ROUNDOFF[dtype] + 256 * u)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_number_of_keys_counts_however_large_the_scores(dtype):
+    """Beside the lowest float the logarithm of a number of keys is nothing."""
+    outs = np.ones((2, 1, 1, 1, 3), dtype_named(dtype).accumulator)
+    outs[1] = 5
+    lowest = np.finfo(outs.dtype).min
+    sums = np.array([[lowest, 300], [lowest, 100]], outs.dtype).reshape(2, 1, 1, 1, 2)
+    out, lse = combine(dtype, outs, sums[..., 0], sums=sums)
+    assert (out == 2).all()
+    assert (lse == lowest).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

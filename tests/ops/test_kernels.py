@@ -11,7 +11,7 @@ import pytest
 
 import cupyflash
 from cupyflash.backends.emulator import EmulatorError, guarded_array, guarded_copy
-from cupyflash.testing import DTYPES
+from cupyflash.testing import DTYPES, MaskSpec, SinkSpec
 from tests.cases import CAPABILITIES, CASES, KERNELS, heads, on_kernel_backends
 from tests.ops.test_attention import every_second, named, operands, run, swapped_heads, transposed, unaligned
 
@@ -110,6 +110,39 @@ def test_inputs_are_not_written_and_results_share_no_memory_with_them(dtype: str
     results = cupyflash.attention(**arguments, backend=backend)
     assert [x.tobytes() for x in given] == before
     assert not any(np.may_share_memory(result, x) for result in results for x in given)
+
+
+@on_kernel_backends
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_what_is_added_to_scores_may_lie_anywhere(dtype: str, backend: str) -> None:
+    """An odd number of bytes after the start of memory, or a stride of elements and a half apart."""
+
+    def misplaced(values: np.ndarray, step: int) -> np.ndarray:
+        memory = np.zeros(values.size * (values.itemsize + step) + 1, np.uint8)
+        strides = [n * (values.itemsize + step) // values.itemsize for n in values.strides]
+        placed = np.ndarray(values.shape, values.dtype, memory, offset=1, strides=strides)
+        placed[...] = values
+        return placed
+
+    arguments = heads(
+        2,
+        3,
+        6,
+        9,
+        dtype=dtype,
+        masks=(MaskSpec("float32", (3, 6, 9)), MaskSpec("bool", (2, 1, 1, 9))),
+        alibi_shape=(2, 3),
+        sinks=SinkSpec(dtype),
+        dropout_p=0.3,
+        seed=5,
+    ).arguments()
+    arguments["seed"] = np.array([5], np.uint64)
+    expected = run(arguments, backend)
+    for step in (0, 1):
+        moved = {name: misplaced(arguments[name], step) for name in ("alibi_slopes", "sinks", "seed")}
+        moved["attn_mask"] = tuple(misplaced(mask, step) for mask in arguments["attn_mask"])
+        for one, other in zip(cupyflash.attention(**arguments | moved, backend=backend), expected, strict=True):
+            assert one.tobytes() == other.tobytes()
 
 
 @on_kernel_backends
