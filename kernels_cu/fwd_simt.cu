@@ -180,8 +180,8 @@ struct Forward : ScoreTile<Config> {
           store_row<Traits::AccumulatorElement>(r, end.factor, partial_out + place * params.head_dim_v);
           // One of the row's 16 threads writes.
           if (lane_x == 0) {
-            Traits::AccumulatorElement::store(partial_lse + 2 * place, row_max[r]);
-            Traits::AccumulatorElement::store(partial_lse + 2 * place + 1, row_sum[r]);
+            Traits::AccumulatorElement::store(partial_lse + 2 * place, softmax.row_max[r]);
+            Traits::AccumulatorElement::store(partial_lse + 2 * place + 1, softmax.row_sum[r]);
           }
         } else {
           store_row<Traits::Element>(r, end.factor, out.row(row));
