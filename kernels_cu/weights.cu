@@ -59,6 +59,7 @@ struct Weights : ScoreTile<Config> {
   // P = factor exp(S - offset)
   Accumulator offset[Traits::kRows];
   Accumulator factor[Traits::kRows];
+  SimtSoftmax<Config> softmax;  // of the walk
 
   __device__ __forceinline__ Weights(const FwdParams& params, const FwdWork& work)
       : ScoreTile<Config>(params, work), live(key_tiles<Config>(params, work)) {}
@@ -106,26 +107,28 @@ struct Weights : ScoreTile<Config> {
     return largest_of_lanes<32>(largest) > Traits::kCoarseLse;
   }
 
-  __device__ __forceinline__ void prepare_weights() {
-    SimtSoftmax<Config> softmax;
-    const bool is_coarse = is_lse_coarse();
-    if (is_coarse) {
-      for (int tile = live.begin; tile < live.end; ++tile) {
-        compute_tile(tile);
-#pragma unroll
-        for (int r = 0; r < Traits::kRows; ++r) softmax.update(s_frag[r], r);
-      }
-      softmax.finish();
-    }
+  __device__ __forceinline__ void use_lse() {
 #pragma unroll
     for (int r = 0; r < Traits::kRows; ++r) {
       const Accumulator lse = lse_of(work.row_begin + row_begin + r);
-      offset[r] = is_coarse ? softmax.row_max[r] : lse;
-      factor[r] = Config::kDropout ? static_cast<Accumulator>(params.scores.dropout_scale) : 1;
-      if (is_coarse) factor[r] = end_row<Config>(softmax.row_max[r], softmax.row_sum[r], params, work.head).factor;
-      // No key takes part: -inf - -inf is not -inf.
-      if (lse == negative_infinity() || offset[r] == negative_infinity()) offset[r] = factor[r] = 0;
+      const Accumulator kept = Config::kDropout ? static_cast<Accumulator>(params.scores.dropout_scale) : 1;
+      set_row(r, lse, kept);
     }
+  }
+
+  __device__ __forceinline__ void use_sums() {
+    softmax.finish();
+#pragma unroll
+    for (int r = 0; r < Traits::kRows; ++r) {
+      set_row(r, softmax.row_max[r], end_row<Config>(softmax.row_max[r], softmax.row_sum[r], params, work.head).factor);
+    }
+  }
+
+  // Without keys it is all 0: -inf - -inf is not -inf.
+  __device__ __forceinline__ void set_row(int r, Accumulator row_offset, Accumulator row_factor) {
+    const bool has_keys = row_offset != negative_infinity();
+    offset[r] = has_keys ? row_offset : Accumulator(0);
+    factor[r] = has_keys ? row_factor : Accumulator(0);
   }
 
   // S to P in place, but for the factor.
@@ -154,15 +157,37 @@ struct Weights : ScoreTile<Config> {
     }
   }
 
-  __device__ __forceinline__ void write_tile(int tile) {
-    if (live.begin <= tile && tile < live.end) {
-      compute_tile(tile);
-    } else {
-      remove_tile();
+  __device__ __forceinline__ void sum_tile() {
+#pragma unroll
+    for (int r = 0; r < Traits::kRows; ++r) softmax.update(s_frag[r], r);
+  }
+
+  // Writes tiles of keys, after a walk over all that are live if need be: one loop for both, so that the code that
+  // computes scores is there once.
+  __device__ __forceinline__ void run(int begin, int end) {
+    int num_walked = 0;
+    if constexpr (Traits::kIsWeights) {
+      use_lse();
+      if (is_lse_coarse()) num_walked = live.end - live.begin;
     }
-    if constexpr (Traits::kIsWeights) compute_weights();
-    if constexpr (Config::kDropout) drop_weights(tile * Config::kBlockN);
-    store_tile(tile);
+#pragma unroll 1
+    for (int step = 0; step < num_walked + end - begin; ++step) {
+      const bool is_walk = step < num_walked;
+      const int tile = is_walk ? live.begin + step : begin + step - num_walked;
+      if (live.begin <= tile && tile < live.end) {
+        compute_tile(tile);
+      } else {
+        remove_tile();
+      }
+      if (is_walk) {
+        sum_tile();
+        if (step == num_walked - 1) use_sums();
+        continue;
+      }
+      if constexpr (Traits::kIsWeights) compute_weights();
+      if constexpr (Config::kDropout) drop_weights(tile * Config::kBlockN);
+      store_tile(tile);
+    }
   }
 };
 
@@ -174,8 +199,6 @@ extern "C" __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   const int num_tiles = (params.seqlen_k + Config::kBlockN - 1) / Config::kBlockN;
   const int share = (num_tiles + params.num_splits - 1) / params.num_splits;
   const int begin = block % params.num_splits * share;
-  Weights weights(params, work);
-  if constexpr (Traits::kIsWeights) weights.prepare_weights();
-#pragma unroll 1
-  for (int tile = begin; tile < at_most(begin + share, num_tiles); ++tile) weights.write_tile(tile);
+  const int end = at_most(begin + share, num_tiles);
+  Weights(params, work).run(begin, end);
 }
