@@ -1,6 +1,8 @@
 """The numpy backend takes extra memory for its tiles, whatever the lengths: at most 4 MiB and 2 MiB for each thread.
 
 Every call is the first of a new process: what the backend keeps for later calls counts too.
+
+Calls of kernels allocate what grows with L or with S, and one byte for each tile of a bool mask.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 
 import cupyflash
+from cupyflash.backends import emulated
 
 ROOT = Path(__file__).parents[2]
 HEAD_DIM = 8
@@ -102,3 +105,53 @@ def test_extra_memory_of_many_small_heads() -> None:
 
 def test_the_measure_sees_what_the_math_backend_takes() -> None:
     assert peak("plain", 2048, 2048, 1, "float32", "math") > 4 * 2048**2 > LIMIT
+
+
+def unaligned_zero_stride(n: int) -> np.ndarray:
+    """As (L, S): one row for all, whose elements do not lie at multiples of their size."""
+    row = np.frombuffer(bytearray(4 * n + 1), np.uint8)[1:].view(np.float32)
+    return np.broadcast_to(row, (1, n, n))
+
+
+KERNEL_FEATURES = {name: make for name, make in FEATURES.items() if not name.endswith("_mod")} | {
+    "float mask (L, S) of stride zero, unaligned": lambda n: {"attn_mask": unaligned_zero_stride(n)},
+    "all at once": lambda n: {
+        name: argument
+        for of in ("both masks", "alibi", "softcap", "sinks", "dropout", "lse")
+        for name, argument in FEATURES[of](n).items()
+    },
+}
+
+
+def traced_kernel_call(monkeypatch: pytest.MonkeyPatch, dtype: str, lengths: tuple[int, int], **more: Any) -> int:
+    """The most bytes that a call of kernels, which do not run, had allocated at once."""
+    monkeypatch.setattr(emulated, "_run", lambda *_: None)
+    query, key = (np.zeros((1, n, HEAD_DIM), dtype) for n in lengths)
+    arguments = {"query": query, "key": key, "value": key, "out": np.empty_like(query), "backend": "emulator", **more}
+    cupyflash.attention(**arguments)  # what is imported and remembered
+    tracemalloc.start()
+    cupyflash.attention(**arguments)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def kernel_limit(seqlen_q: int, seqlen_k: int) -> int:
+    """A row's log-sum-exp, a mask's copied row; a byte for each tile of 16 queries by 16 keys; 64 KiB."""
+    return 8 * (seqlen_q + seqlen_k) + seqlen_q * seqlen_k // 256 + 2**16
+
+
+@pytest.mark.usefixtures("cxx")
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("feature", KERNEL_FEATURES)
+def test_a_call_of_kernels_allocates_nothing_that_grows_with_the_scores(
+    feature: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = traced_kernel_call(monkeypatch, dtype, (8192, 8192), **KERNEL_FEATURES[feature](8192))
+    assert found <= kernel_limit(8192, 8192) < 8192**2 / 100
+
+
+@pytest.mark.usefixtures("cxx")
+def test_the_limit_of_kernels_is_broken_by_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = traced_kernel_call(monkeypatch, "float16", (2048, 2048), return_weights=True)
+    assert found > 2 * 2048**2 > kernel_limit(2048, 2048)
