@@ -152,9 +152,10 @@ def choose(problem: Problem, device: DeviceSpec) -> Plan:
         return plan
     tile, heads = WeightsSpec.tile, problem.batch_size * problem.num_heads_q
     num_tiles = _num_tiles(heads, problem.seqlen_q, tile.block_m, 1)
+    if num_tiles == 0 or problem.seqlen_k == 0:  # there are no weights
+        return _NOTHING if problem.stops_at_scores else plan
     parts = num_splits(num_tiles, math.ceil(problem.seqlen_k / tile.block_n), device.sms)
-    blocks = num_tiles * parts if problem.seqlen_k else 0
-    return _with_weights(plan, problem.dtype, problem.weights_stage, _features(problem), blocks, parts)
+    return _with_weights(plan, problem.dtype, problem.weights_stage, _features(problem), num_tiles * parts, parts)
 
 
 def _plan_forward(problem: Problem, device: DeviceSpec) -> Plan:
@@ -234,10 +235,10 @@ def _plan(queries: _Queries, splits: int) -> Plan:
 def _with_weights(forward: Plan, dtype: str, stage: str, features: Features, blocks: int, parts: int) -> Plan:
     """The plan of a forward pass with a launch for the weights behind it, or of scores without a forward pass."""
     spec = _weights_spec(dtype, stage, features)
-    weights = (Launch(spec, (blocks,)),) if blocks else ()
+    weights = Launch(spec, (blocks,))
     if spec.stage == "softmax":
-        return replace(forward, launches=(*forward.launches, *weights), weights_parts=parts)
-    return Plan(weights, row_alignment=dtype_named(dtype).storage.itemsize, weights_parts=parts)
+        return replace(forward, launches=(*forward.launches, weights), weights_parts=parts)
+    return Plan((weights,), row_alignment=dtype_named(dtype).storage.itemsize, weights_parts=parts)
 
 
 def _weights_spec(dtype: str, stage: str, features: Features) -> WeightsSpec:

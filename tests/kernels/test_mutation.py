@@ -22,7 +22,7 @@ from cupyflash.plan.specs import CombineSpec, Launch, MaskSummarySpec, MergeSpec
 from cupyflash.problem.parts import check_parts
 from cupyflash.testing import Case
 from tests.cases import heads
-from tests.kernels import forward, simt, test_combine
+from tests.kernels import forward, simt, test_combine, weights
 from tests.kernels.harness import source_of
 from tests.kernels.mutation import SYNCHRONISATION, Exemption, Mutant, assert_exemptions_hold, exempt, mutants
 
@@ -126,6 +126,18 @@ def merge_problem(dtype, num_parts, shape):
     return run
 
 
+def weights_problem(given, **how):
+    def run(module: Module, options: Options) -> bytes:
+        return weights.run(given, kernel=module, options=options, **how)[0].tobytes()
+
+    return run
+
+
+# Two panels of Q and K; the keys that the window leaves a tile of queries end with its last tile or before it.
+WEIGHTS = heads(1, 2, 70, 330, 40, dtype="float32", window=(40, 60), softcap=3.0, dropout_p=0.3, seed=1).arguments()
+WEIGHTS |= {"stage": "dropout", "attn_mask": np.where(np.arange(330) < 20, -np.inf, 0).astype(np.float32)}
+# The log-sum-exps are coarse, so that a walk over the keys comes first.
+COARSE_WEIGHTS = WEIGHTS | {"attn_mask": np.full(330, -(2.0**20), np.float32)}
 # Two panels of Q and K, the second one in part, and a head of keys for two of queries.
 SIMT_PACKED_SPLIT = Case(
     query_shape=(1, 4, 20, 40),
@@ -163,6 +175,15 @@ SUBJECTS = {
     "fwd_simt.cu, packed, split": Subject(
         render_kernel(simt.forward_spec(SIMT_PACKED_SPLIT, pack=2, splits=2)),
         [simt_problem(SIMT_PACKED_SPLIT, pack=2, splits=2)],
+    ),
+    "weights.cu": Subject(
+        render_kernel(weights.weights_spec(WEIGHTS)),
+        [
+            weights_problem(WEIGHTS),
+            weights_problem(WEIGHTS, parts=4),
+            weights_problem(COARSE_WEIGHTS),
+            weights_problem(COARSE_WEIGHTS, parts=4),
+        ],
     ),
     "combine.cu": Subject(render_kernel(CombineSpec("float32")), [combine_problem(0), combine_problem(40)]),
     "fwd_sm80.cu, packed, split": Subject(
@@ -380,6 +401,13 @@ def test_bad_exemptions_are_refused() -> None:
         ("fwd_simt.cu, packed, split", "forward.kv_step<false>(tile);", ";"),
         ("fwd_simt.cu, packed, split", "column_begin + column < num_columns", "true"),
         ("fwd_simt.cu, packed, split", "at_most(tiles.begin + share, tiles.end)", "tiles.end"),
+        ("weights.cu", "compute_tile(tile);", "remove_tile();"),
+        ("weights.cu", "if (is_lse_coarse())", "if (false)"),
+        ("weights.cu", "if (row < params.seqlen_q)", "if (row <= params.seqlen_q)"),
+        ("weights.cu", "if (key < params.seqlen_k) Traits", "if (key <= params.seqlen_k) Traits"),
+        ("weights.cu", "params.num_splits * share;", "params.num_splits * num_tiles;"),
+        ("weights.cu", "if (step == num_walked - 1) use_sums();", "use_sums();"),
+        ("weights.cu", "drop_weights(tile * Config::kBlockN)", "drop_weights(0)"),
         ("combine.cu", "if (lse == negative_infinity()) continue;", ""),
         ("combine.cu", "if (largest == negative_infinity()) largest = 0;", ""),
         ("combine.cu", "part += 32) largest =", "part += 64) largest ="),

@@ -93,10 +93,11 @@ def check_launches(case: Case, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Non
         assert (launch.name, launch.grid, launch.block, launch.shared_mem) == (name, grid, block, shared_mem)
         met = np.frombuffer(launch.params, params.dtype)[0]
         for field in params.dtype.names or ():
-            if field in ("partial_out", "partial_lse"):  # each call makes its own
+            if field in ("partial_out", "partial_lse", "weights"):  # each call makes its own
                 assert (met[field] != 0) == (params[field] != 0)
             elif field == "lse":
-                assert (met[field] != 0) == case.return_lse == (params[field] != 0)
+                has_lse = case.return_lse or case.return_weights
+                assert (met[field] != 0) == has_lse == (params[field] != 0)
             elif field in ("q", "k", "v", "out"):
                 check_tensor(met[field], params[field])
             else:
@@ -112,6 +113,30 @@ def check_tensor(met: np.void, expected: np.void) -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_launch_is_that_of_the_emulator(name: str, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     check_launches(KERNELS[name], gpu, monkeypatch)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 200])
+def test_launches_for_weights_are_those_of_the_emulator(
+    seqlen_q: int, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for return_lse in (False, True):
+        case = heads(2, 3, seqlen_q, 900, 64, return_weights=True, return_lse=return_lse, dtype="float16")
+        check_launches(case, gpu, monkeypatch)
+        assert gpu.launches[-1].name == "flash_weights"
+
+
+@pytest.mark.parametrize(
+    ("stage", "names"), [("raw", ["weights"]), ("biased", ["weights"]), ("softmax", ["fwd_sm80", "weights"])]
+)
+def test_scores_need_no_forward_pass(stage: str, names: list[str], gpu: Gpu) -> None:
+    arguments = on_gpu(heads(1, 2, 70, 90, 64, dtype="float16").score_arguments())
+    scores = cupyflash.attention_weights(**arguments, stage=stage)
+    assert scores.shape == (1, 2, 70, 90)
+    assert scores.dtype == (np.float16 if stage == "softmax" else np.float32)
+    assert [launch.name for launch in gpu.launches] == [f"flash_{name}" for name in names]
+    met = [np.frombuffer(launch.params, FWD_PARAMS)[0] for launch in gpu.launches]
+    assert len({int(params["lse"]) for params in met}) == 1, "weights read what the forward pass left"
+    assert (met[-1]["lse"] != 0) == (stage == "softmax")
 
 
 def test_pointers_are_those_of_the_arrays(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

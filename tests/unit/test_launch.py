@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,21 @@ def test_a_block_has_the_bytes_that_numpy_gives_it(structure: Any, pack: Any) ->
     assert block.tobytes() == expected.tobytes()
     with pytest.raises(struct.error):
         pack(*numbers_of(expected[0])[:-1])
+
+
+@pytest.mark.parametrize("stage", ["raw", "biased", "softmax", "dropout"])
+def test_weights_are_all_that_grows_with_the_scores(stage: str) -> None:
+    """What is allocated before the launches: the weights, and some numbers for each row."""
+    query, key = half(2, 3000, 64), half(2, 2000, 64)
+    mask = np.broadcast_to(np.arange(2000) < 1990, (2, 3000, 2000))
+    for _ in range(2):  # the first call of a kind keeps its description
+        tracemalloc.start()
+        problem, buffers = normalize(query, key, key, (np.zeros(2000, np.float16), mask), dropout_p=0.5, stage=stage)
+        operands = prepare(problem, choose(problem, EMULATOR), buffers, address)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert operands.weights is buffers.weights
+    assert 0 < peak - buffers.weights.nbytes - buffers.out.nbytes < 100 * 2 * 3000 + 2**16
 
 
 def test_axes_that_broadcast_keep_their_place() -> None:

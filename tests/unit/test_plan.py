@@ -308,6 +308,41 @@ def test_no_refusal_of_what_there_is_and_all_of_what_is_not() -> None:
     assert len(refusals(problem(dtype="float64", has_score_mod=True, has_mask_mod=True))) == 2
 
 
+@pytest.mark.parametrize(
+    ("stage", "changes", "names"),
+    [
+        ("raw", {"softcap": 3.0, "has_bool_mask": True}, ["weights-f16-raw"]),
+        ("modded", {"softcap": 3.0}, ["weights-f16-raw"]),
+        ("capped", {}, ["weights-f16-raw"]),
+        ("capped", {"softcap": 3.0, "has_bool_mask": True}, ["weights-f16-capped-changed"]),
+        ("biased", {}, ["weights-f16-biased-window"]),
+        ("biased", {"has_bool_mask": True, "dropout_p": 0.5}, ["weights-f16-biased-window+mask+changed"]),
+        ("softmax", {"band": Band(None, 0)}, ["fwd_sm80-f16-d128-m128n64w8-causal", "weights-f16-softmax-window"]),
+        ("dropout", {}, ["fwd_sm80-f16-d128-m128n64w8", "weights-f16-softmax-window"]),
+    ],
+)
+def test_plans_of_weights(stage: str, changes: dict[str, Any], names: list[str]) -> None:
+    plan = choose(problem(weights_stage=stage, **changes), H200)
+    assert [str(launch.spec) for launch in plan.launches] == names
+    assert plan.launches[-1].grid == (2 * 16 * 4096 // 64,)
+    assert plan.weights_parts == 1
+
+
+def test_few_queries_share_the_keys_of_their_weights_among_blocks() -> None:
+    plan = choose(problem(batch=1, heads=4, seqlen_q=1, seqlen_k=10_000, weights_stage="dropout"), H200)
+    assert 1 < plan.weights_parts <= math.ceil(10_000 / 64)
+    assert plan.launches[-1].grid == (4 * plan.weights_parts,)
+    assert choose(problem(weights_stage="biased", seqlen_q=0), H200).launches == ()
+    assert choose(problem(weights_stage="biased", seqlen_k=0), H200).launches == ()
+    assert len(choose(problem(weights_stage="softmax", seqlen_k=0), H200).launches) == 1
+
+
+def test_scores_are_refused_where_attention_is() -> None:
+    old = DeviceSpec("V100", (7, 0), 80, 96 << 10, 96 << 10, 6 << 20)
+    with pytest.raises(cupyflash.Unsupported, match="no kernel runs on V100"):
+        choose(problem(weights_stage="raw"), old)
+
+
 def test_every_row_has_a_legal_tile_where_it_begins_and_later() -> None:
     for row in TILES:
         for tile in row.tiles:
