@@ -1,8 +1,9 @@
 """The `cuda` backend: the kernels on CuPy arrays, on the arrays' device and the caller's current stream.
 
 NVRTC compiles a kernel for the device once; the cubin is kept on disk and loaded with ``cupy.RawModule(path=…)``.  A
-call allocates nothing but its outputs, and a copy of an operand whose rows a kernel can't take; it does not wait for
-the device.  After one call of its kind, which compiles and loads, it can be captured in a CUDA graph.
+call allocates its outputs, a copy of an operand whose rows a kernel can't take, partial results where blocks share
+keys, the log-sum-exps that weights are made with, and a byte for each tile of a bool mask; it does not wait for the
+device.  After one call of its kind, which compiles and loads, it can be captured in a CUDA graph.
 
 Nobody has run this on a GPU yet.  What is tested without one: the kernels under the emulator, their compilation for
 every architecture, and, with a stand-in for CuPy, that the launches here are those of the emulator.

@@ -163,6 +163,12 @@ def test_wrong_arguments(options: dict[str, Any], error: type[Exception], messag
         explain(x, x, x, **options)
 
 
+def test_weights_are_a_launch_behind_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    query = np.zeros((1, 2, 512, 64), np.float16)
+    found = explain(query, query, query, return_weights=True, device="H200")
+    assert "  weights-f16-softmax-window: 128 blocks of 256 threads, 18 KiB of shared memory each" in str(found)
+
+
 def test_docstring_example() -> None:
     module = sys.modules["cupyflash.explain"]
     assert doctest.testmod(module) == (0, 5)

@@ -29,7 +29,7 @@ from cupyflash.plan.specs import CombineSpec, FwdSpec, Plan
 from cupyflash.plan.tiles import FAMILIES, TILES, TileConfig, TileRow, rows_for
 from cupyflash.problem.masks import Band
 from cupyflash.problem.normalize import normalize
-from cupyflash.problem.problem import Problem
+from cupyflash.problem.problem import STAGES, Problem
 
 H200 = DEVICES["H200"]
 
@@ -433,6 +433,12 @@ def test_every_spec_has_a_name_of_its_own_and_is_what_choose_gives() -> None:
         for launch in choose(
             problem(dtype=dtype, head_dim=row.head_dim, head_dim_v=row.head_dim_v, **{**size, **changes}), device
         ).launches
+    }
+    chosen |= {
+        choose(problem(dtype=dtype, weights_stage=stage, **changes), H200).launches[-1].spec
+        for dtype in {dtype for row in TILES for dtype in row.dtypes}
+        for stage in (*STAGES, "dropout")
+        for changes in ({}, *changes_of_scores(dtype))
     }
     assert chosen <= set(specs)
     # Those that share keys are the narrow ones: wide tiles are chosen where there are enough of them.
