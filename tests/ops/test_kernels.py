@@ -11,7 +11,7 @@ import pytest
 
 import cupyflash
 from cupyflash.backends.emulator import EmulatorError, guarded_array, guarded_copy
-from cupyflash.testing import DTYPES, MaskSpec, SinkSpec
+from cupyflash.testing import DTYPES, Case, MaskSpec, SinkSpec, assert_attention_close
 from tests.cases import CAPABILITIES, CASES, KERNELS, heads, on_kernel_backends
 from tests.ops.test_attention import every_second, named, operands, run, swapped_heads, transposed, unaligned
 
@@ -143,6 +143,60 @@ def test_what_is_added_to_scores_may_lie_anywhere(dtype: str, backend: str) -> N
         moved["attn_mask"] = tuple(misplaced(mask, step) for mask in arguments["attn_mask"])
         for one, other in zip(cupyflash.attention(**arguments | moved, backend=backend), expected, strict=True):
             assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("device", ["emulator", "T4", "L4", "H200"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(130, 90), (3, 500)])
+def test_what_is_dropped_is_what_dropout_mask_says(
+    seqlen_q: int, seqlen_k: int, dtype: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All weights are alike, and each column of V is 1 for one key: the output is 0 where its weight is dropped."""
+    monkeypatch.setenv("CUPYFLASH_EMULATOR", f"device={device}")
+    query = np.zeros((2, 2, seqlen_q, 8), DTYPES[dtype])
+    key = np.zeros((2, 2, seqlen_k, 8), DTYPES[dtype])
+    columns = np.broadcast_to(np.eye(seqlen_k, dtype=DTYPES[dtype]), (2, 2, seqlen_k, seqlen_k))
+    expected = cupyflash.dropout_mask((2, 2, seqlen_q, seqlen_k), 0.3, seed=77)
+    for begin in range(0, seqlen_k, 64):
+        some = slice(begin, begin + 64)
+        out = cupyflash.attention(query, key, columns[..., some], dropout_p=0.3, seed=77, backend="emulator")
+        np.testing.assert_array_equal(out != 0, expected[..., some])
+
+
+@pytest.mark.parametrize("flush", ["start", "end"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(
+    ("seqlen_q", "seqlen_k", "heads_q", "shapes"),
+    [
+        (70, 90, 2, ((1, 2, 70, 90), (1, 1, 70, 90))),
+        (70, 90, 2, ((90,), (70, 1))),
+        (2, 700, 6, ((6, 2, 700), (1, 6, 1, 700))),
+    ],
+)
+def test_nothing_beside_what_is_added_to_scores_is_touched(
+    seqlen_q: int, seqlen_k: int, heads_q: int, shapes: tuple[tuple[int, ...], ...], dtype: str, flush: str
+) -> None:
+    """Of keys and queries that fill up a tile no mask, slope or sink is read."""
+    case = Case(
+        query_shape=(1, heads_q, seqlen_q, 32),
+        key_shape=(1, 2, seqlen_k, 32),
+        value_shape=(1, 2, seqlen_k, 32),
+        enable_gqa=True,
+        dtype=dtype,
+        masks=(MaskSpec("float32", shapes[0]), MaskSpec("bool", shapes[1])),
+        alibi_shape=(heads_q,),
+        sinks=SinkSpec(dtype),
+        dropout_p=0.2,
+        seed=3,
+    )
+    arguments = case.arguments()
+    for name in ("alibi_slopes", "sinks"):
+        arguments[name] = guarded_copy(arguments[name], name, flush=flush)
+    masks = zip(arguments["attn_mask"], ("float mask", "bool mask"), strict=True)
+    arguments["attn_mask"] = tuple(guarded_copy(mask, name, flush=flush) for mask, name in masks)
+    assert_attention_close(cupyflash.attention(**arguments, backend="emulator"), case, backend="emulator")
+    arguments |= {"dropout_p": 0.0, "seed": None}  # heads may then share a tile
+    run(arguments, "emulator")
 
 
 @on_kernel_backends
