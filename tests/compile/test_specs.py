@@ -97,4 +97,4 @@ def test_a_kernel_that_is_refused_is_a_fault(nvrtc: tuple[int, int], tmp_path: P
 
 
 def test_families_are_known_to_the_checks() -> None:
-    assert {pair.spec.family for pair in EVERY} <= {*FAMILIES, "combine"}
+    assert {pair.spec.family for pair in EVERY} <= {*FAMILIES, "combine", "weights"}
