@@ -40,7 +40,7 @@ FUNCTIONS = [
 ]
 CONSTANTS = ["bool_", "inf", "uint32", "uint64"]
 ATTRIBUTES = ["dtype", "flags", "itemsize", "ndim", "shape", "size", "strides"]
-METHODS = ["any", "astype", "item", "max", "ravel", "reshape", "sum", "swapaxes"]
+METHODS = ["any", "astype", "copy", "item", "max", "ravel", "reshape", "sum", "swapaxes"]
 
 
 class Device:
