@@ -269,7 +269,7 @@ def _scores(
         0.0 if p == 1 else 1 / (1 - p),
         min(dropout_threshold(p), 2**32 - 1),
         problem.shift if problem.has_alibi else 0,
-        problem.num_heads_q if alibi_slopes is not None and len(alibi_slopes) > 1 else 0,
+        problem.num_heads_q if alibi_slopes is not None and alibi_slopes.shape[0] > 1 else 0,
         sinks[1],
     )
     return params.tobytes(), sinks, (*masks, sinks_of, alibi_slopes, seed)

@@ -57,7 +57,12 @@ def install(monkeypatch: pytest.MonkeyPatch, spec: Any) -> Gpu:
 
 
 def on_gpu(arguments: dict[str, Any], kind: Any = Array) -> dict[str, Any]:
-    return {name: kind(x) if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
+    def moved(argument: Any) -> Any:
+        if isinstance(argument, tuple):
+            return tuple(map(moved, argument))
+        return kind(argument) if isinstance(argument, np.ndarray) else argument
+
+    return {name: moved(argument) for name, argument in arguments.items()}
 
 
 def call(lengths: tuple[int, int] = (70, 90), **more: Any) -> dict[str, Any]:
