@@ -94,4 +94,4 @@ def test_conversions_without_the_instructions(cxx, tmp_path):
     environment = {**os.environ, "CXX": " ".join([*cxx, flag]), "CUPYFLASH_REQUIRE": "cxx"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "4 passed" in run.stdout
+    assert "5 passed" in run.stdout
