@@ -368,7 +368,10 @@ def _weights_limit(truth: Reference, plain: Reference, name: str, arguments: Map
     exact, rounded = (truth.weights, plain.weights) if name == "weights" else (truth.scores[name], plain.scores[name])
     with np.errstate(all="ignore"):
         moved = exact * (truth.magnitudes["softmax"] + truth.row_magnitude[..., None])
-    bound = _bound(dtype, exact, rounded, exact, moved, np.ones_like(exact))
+    # What underflows does so before it is scaled for those that are dropped.
+    dropout_p = arguments.get("dropout_p", 0.0) if name == "weights" else 0.0
+    lost = np.full_like(exact, 1 / (1 - dropout_p) if dropout_p < 1 else 0.0)
+    bound = _bound(dtype, exact, rounded, exact, moved, lost)
     # What does not take part, and what is dropped, is zero and nothing else.
     return _Limit(dtype, exact, np.where(exact == 0, 0, bound), truth.weights_specified)
 

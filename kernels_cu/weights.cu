@@ -14,8 +14,9 @@
 //     kRows y  [ s    s      s      s  ]      kRows rows from kRows y on, and of each every 16th column from x on: the
 //              [ s    s      s      s  ]      16 threads of a row write neighbours.
 //
-// An lse far from 0 is too coarse: ln 9 makes no difference to -1e30, the lse of a row of nine keys with a bias of -1e30
-// each. For tiles with such a row the block first walks over all keys for maximum and sum.
+// A weight is off by as much of itself as its lse is by rounding: 2^-24 |lse|, and ln 9 makes no difference to -1e30, the
+// lse of nine keys with a bias of -1e30 each. For tiles with an lse beyond kCoarseLse, or less than its negative, the
+// block therefore walks over all keys first, for maximum and sum.
 //
 // simt.cuh computes the scores, by multiply-adds: that is for looking at weights, and exact in every dtype.
 //
@@ -45,8 +46,8 @@ struct Traits : SimtTraits<Config> {
   static constexpr bool kIsWeights = Config::kStage == kWeights;
   using Written = ElementTraits<typename Config::Written>;
 
-  // Up to here the rounding of an lse moves a weight by less than 2^-14 of itself.
-  static constexpr int kCoarseLse = 1 << 10;
+  // Up to here the rounding of an lse moves a weight by no more than four roundings do.
+  static constexpr int kCoarseLse = 4;
 
   static_assert(Config::kStage != kRaw || !ScoreFeatures<Config>::kAny, "nothing changes a raw score");
   static_assert(kIsBiased || !(Config::kHasLower || Config::kHasUpper), "the band removes from the stage biased on");
