@@ -358,7 +358,8 @@ def _accumulator(arguments: Mapping[str, Any]) -> np.dtype[Any]:
 
 def _out_limit(truth: Reference, plain: Reference, name: str, arguments: Mapping[str, Any]) -> _Limit:
     dtype = np.dtype(arguments["query"].dtype)
-    bound = _bound(dtype, truth.out, plain.out, truth.spread, truth.moved, truth.lost)
+    scaled = _dropout_scale(arguments)
+    bound = _bound(dtype, truth.out, plain.out, truth.spread, truth.moved, scaled * truth.lost, scaled)
     return _Limit(dtype, truth.out, bound, truth.out_specified)
 
 
@@ -368,15 +369,21 @@ def _weights_limit(truth: Reference, plain: Reference, name: str, arguments: Map
     exact, rounded = (truth.weights, plain.weights) if name == "weights" else (truth.scores[name], plain.scores[name])
     with np.errstate(all="ignore"):
         moved = exact * (truth.magnitudes["softmax"] + truth.row_magnitude[..., None])
-    # What underflows does so before it is scaled for those that are dropped.
-    dropout_p = arguments.get("dropout_p", 0.0) if name == "weights" else 0.0
-    lost = np.full_like(exact, 1 / (1 - dropout_p) if dropout_p < 1 else 0.0)
-    bound = _bound(dtype, exact, rounded, exact, moved, lost)
+    scaled = _dropout_scale(arguments) if name == "weights" else 1.0
+    bound = _bound(dtype, exact, rounded, exact, moved, np.full_like(exact, scaled), scaled)
     # What does not take part, and what is dropped, is zero and nothing else.
     return _Limit(dtype, exact, np.where(exact == 0, 0, bound), truth.weights_specified)
 
 
-def _bound(dtype: np.dtype[Any], truth: Array, plain: Array, spread: Array, moved: Array, lost: Array) -> Array:
+def _dropout_scale(arguments: Mapping[str, Any]) -> float:
+    """By what kept weights are multiplied: what underflows or is rounded to 0 is so before that."""
+    dropout_p = float(arguments.get("dropout_p", 0.0))
+    return 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+
+
+def _bound(
+    dtype: np.dtype[Any], truth: Array, plain: Array, spread: Array, moved: Array, lost: Array, scaled: float
+) -> Array:
     accumulator = DTYPES["float64" if dtype == np.float64 else "float32"]
     u, u_acc = ROUNDOFF[dtype.name], ROUNDOFF[accumulator.name]
     with np.errstate(all="ignore"):
@@ -384,7 +391,7 @@ def _bound(dtype: np.dtype[Any], truth: Array, plain: Array, spread: Array, move
         underflow = np.finfo(accumulator).tiny * lost
         bound = (2 * _largest(np.abs(plain - truth) - underflow, unit) + 1) * unit + underflow
         if dtype.itemsize == 2:
-            bound = 3 * u * spread + 3 * u_acc * moved + 1e-6
+            bound = 3 * u * spread + 3 * u_acc * moved + 1e-6 * max(1, scaled)
     return bound
 
 

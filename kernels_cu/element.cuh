@@ -65,8 +65,8 @@ __device__ __forceinline__ float negative_infinity() { return isa::bits_float(kN
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
 
-// e^x, to a few roundings for |x| up to about 20: what weights less is lost in the others' rounding.
-__device__ __forceinline__ float exponential(float x) { return isa::ex2(x * kLog2E); }
+// e^x, to a few roundings. ex2(x log2(e)) would be off by |x| of them, which shows where there are few keys.
+__device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
 
 __device__ __forceinline__ float natural_log(float x) { return logf(x); }
