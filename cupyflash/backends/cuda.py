@@ -35,7 +35,7 @@ _MERGES_SINCE = (7, 5)
 
 
 class CudaBackend:
-    """Runs what the kernels can on a CUDA device of compute capability 8.0 or later."""
+    """Runs what the kernels can on a CUDA device of compute capability 7.5 or later."""
 
     def reasons(self, problem: Problem) -> list[str]:
         """See `cupyflash.backends.registry.Backend`."""
