@@ -10,6 +10,7 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -221,6 +222,19 @@ def mutants_of(name: str) -> list[Mutant]:
 
 
 ALL = [(name, mutant) for name in SUBJECTS for mutant in mutants_of(name)]
+
+
+@pytest.fixture(autouse=True)
+def new_memory_is_dirty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No new array holds what a kernel should have written, left there by the run before."""
+    empty = np.empty
+
+    def dirty(*args: Any, **keywords: Any) -> np.ndarray:
+        array = empty(*args, **keywords)
+        array.view(np.uint8)[...] = 0xFF
+        return array
+
+    monkeypatch.setattr(np, "empty", dirty)
 
 
 def finding(subject: Subject, module: Module) -> str | None:
