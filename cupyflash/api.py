@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .backends.registry import select
+from .interop import NATIVE, call, is_foreign
 from .problem.checks import check_stage
 from .problem.mods import MaskMod, ScoreMod
 from .problem.normalize import normalize, restore
@@ -39,8 +40,8 @@ def attention(
 ) -> Any:
     r"""Scaled-dot-product attention: softmax(scale · Q Kᵀ) V, without ever holding the L×S matrix.
 
-    The first eight arguments are those of ``torch.nn.functional.scaled_dot_product_attention``.  The order of
-    operations is fixed::
+    Arrays are of NumPy, CuPy, PyTorch, JAX or any library with DLPack, all of one; so are the results.  The first eight
+    arguments are those of ``torch.nn.functional.scaled_dot_product_attention``.  The order of operations is fixed::
 
         s = scale · q·kᵀ  →  score_mod  →  softcap · tanh(s / softcap)  →  + float mask, + ALiBi
           →  removal by bool mask, mask_mod, causal, window  →  softmax (sinks in its denominator)  →  dropout  →  · v
@@ -106,7 +107,7 @@ def attention(
     Raises
     ------
     TypeError
-        An argument of the wrong kind: no NumPy or CuPy array, a dtype that is not accepted, mixed dtypes or libraries.
+        An argument of the wrong kind: no array, a dtype that is not accepted, mixed dtypes or libraries.
     ValueError
         An argument of the wrong value: shapes that don't fit, a probability above 1, an `out` that shares memory.
     Unsupported
@@ -141,6 +142,8 @@ def attention(
     ...     return score - 0.1 * np.abs(q_idx - kv_idx)
     >>> out = attention(query, key, value, score_mod=decay)
     """
+    if type(query) not in NATIVE and is_foreign(query):
+        return call(attention, locals())
     problem, buffers = normalize(
         query,
         key,
@@ -218,6 +221,8 @@ def attention_weights(
            [  0.,   1., -inf],
            [  0.,   0.,   1.]], dtype=float32)
     """
+    if type(query) not in NATIVE and is_foreign(query):
+        return call(attention_weights, locals())
     problem, buffers = normalize(
         query,
         key,

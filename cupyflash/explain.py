@@ -11,6 +11,7 @@ import numpy as np
 from .api import attention
 from .backends.registry import name_of, reasons_of
 from .errors import Unsupported
+from .interop import NATIVE, is_foreign, read_all
 from .problem.normalize import normalize
 from .problem.problem import Buffers, Problem
 
@@ -109,6 +110,8 @@ def explain(*args: Any, device: str | DeviceSpec | None = None, **kwargs: Any) -
     """
     arguments = dict(_SIGNATURE.bind(*args, **kwargs).arguments)
     name = arguments.pop("backend", None)
+    if type(arguments["query"]) not in NATIVE and is_foreign(arguments["query"]):
+        arguments = read_all(arguments)
     if arguments.get("seed") is None:
         arguments["seed"] = 0  # one that is drawn would move the caller's generator on
     problem, buffers = normalize(**arguments)

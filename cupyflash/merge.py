@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .backends.registry import select_merger
+from .interop import NATIVE, call, is_foreign
 from .problem.parts import check_parts
 
 __all__ = ["merge_attention"]
@@ -36,7 +37,7 @@ def merge_attention(outs: Sequence[Any], lses: Sequence[Any], *, backend: str | 
     Raises
     ------
     TypeError
-        outs or lses is no sequence of NumPy or CuPy arrays, or dtypes differ from what is said above.
+        outs or lses is no sequence of arrays of one library, or dtypes differ from what is said above.
     ValueError
         no parts, as many outs as lses are not given, or shapes don't fit.
     Unsupported
@@ -52,5 +53,7 @@ def merge_attention(outs: Sequence[Any], lses: Sequence[Any], *, backend: str | 
     >>> bool(np.allclose(out, attention(q, k, v)))
     True
     """
+    if isinstance(outs, (tuple, list)) and outs and type(outs[0]) not in NATIVE and is_foreign(outs[0]):
+        return call(merge_attention, locals())
     parts = check_parts(outs, lses)
     return select_merger(parts, backend).merge(parts)

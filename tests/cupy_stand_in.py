@@ -7,6 +7,8 @@ functions that are named here and no others; each name was looked up in CuPy 14.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import math
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +26,6 @@ FUNCTIONS = [
     "asarray",
     "ascontiguousarray",
     "broadcast_to",
-    "empty",
     "exp",
     "full",
     "greater_equal",
@@ -92,6 +93,7 @@ class Gpu:
     launches: list[Launch] = field(default_factory=list)
     loaded: list[tuple[int, str]] = field(default_factory=list)  # device, entry
     stream: str = "null"
+    allocator: Callable[[int], Any] | None = None  # CuPy's own unless somebody is `using_allocator`
     effect: Callable[[Launch], None] | None = None  # what a launch does to memory; nothing unless a test says so
 
     @contextlib.contextmanager
@@ -100,6 +102,25 @@ class Gpu:
         outer, self.stream = self.stream, name
         yield
         self.stream = outer
+
+    @contextlib.contextmanager
+    def using_allocator(self, allocator: Callable[[int], Any]) -> Iterator[None]:
+        """As cupy.cuda.using_allocator."""
+        outer, self.allocator = self.allocator, allocator
+        yield
+        self.allocator = outer
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """As cupy.empty."""
+        dtype = np.dtype(dtype)
+        if self.allocator is None:
+            return Array(np.empty(shape, dtype))
+        size = math.prod(shape) * dtype.itemsize
+        pointer = self.allocator(size)
+        assert pointer.mem.size == size
+        assert pointer.mem.device_id == Device.current
+        memory = (ctypes.c_byte * size).from_address(pointer.mem.ptr + pointer.offset)
+        return Array(np.frombuffer(memory, np.uint8).view(dtype).reshape(shape))
 
 
 class _Kernel:
@@ -155,7 +176,16 @@ def _cuda(gpu: Gpu) -> types.SimpleNamespace:
             "l2CacheSize": spec.l2,
         }
 
-    return types.SimpleNamespace(runtime=types.SimpleNamespace(getDeviceProperties=properties))
+    return types.SimpleNamespace(
+        runtime=types.SimpleNamespace(getDeviceProperties=properties),
+        Device=Device,
+        ExternalStream=lambda ptr, device_id=-1: gpu.on_stream(f"external {ptr:#x} of device {device_id}"),
+        MemoryPointer=lambda mem, offset: types.SimpleNamespace(mem=mem, offset=offset),
+        UnownedMemory=lambda ptr, size, owner, device_id=-1: types.SimpleNamespace(
+            ptr=ptr, size=size, owner=owner, device_id=device_id
+        ),
+        using_allocator=gpu.using_allocator,
+    )
 
 
 class Array(NDArrayOperatorsMixin):
@@ -213,6 +243,8 @@ def make_module(spec: DeviceSpec = DEVICES["H200"]) -> types.ModuleType:
         setattr(module, name, getattr(np, name))
     for name in FUNCTIONS:
         setattr(module, name, _function(getattr(np, name)))
+    module.empty = gpu.empty  # type: ignore[attr-defined]
+    module.from_dlpack = lambda array: Array(np.from_dlpack(array))  # type: ignore[attr-defined]
     return module
 
 

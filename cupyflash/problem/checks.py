@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..interop import is_foreign, type_name
 from .dtypes import DTYPES, DType
 from .philox import check_seed
 from .problem import STAGES
@@ -18,6 +19,7 @@ __all__ = [
     "check_callable",
     "check_devices",
     "check_flag",
+    "check_library",
     "check_out",
     "check_precision",
     "check_scale",
@@ -51,7 +53,7 @@ def library_of(name: str, array: Any) -> str:
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(array, cupy.ndarray):
         return "cupy"
-    raise TypeError(f"{name} must be a NumPy or CuPy array, but was {type(array).__name__}")
+    raise TypeError(f"{name} must be an array of NumPy, CuPy or a library with DLPack, but was {type(array).__name__}")
 
 
 def plain_array(array: Any) -> Any:
@@ -72,12 +74,18 @@ def array_like_query(name: str, array: Any, query: Any) -> Any:
     """
     if type(array) is type(query):
         return array
-    library, found = library_of("query", query), library_of(name, array)
-    if found != library:
-        raise TypeError(
-            f"{name} must be a {_LIBRARY_NAMES[library]} array like query, but was a {_LIBRARY_NAMES[found]} array"
-        )
+    check_library(name, array, library_of("query", query), "query")
     return plain_array(array)
+
+
+def check_library(name: str, array: Any, library: str, first: str) -> None:
+    """Raise a TypeError if the array is not of that library, which is the one of the argument `first`."""
+    if is_foreign(array):
+        found = type_name(array)
+    else:
+        found = f"{_LIBRARY_NAMES[library_of(name, array)]} array"
+    if found != f"{_LIBRARY_NAMES[library]} array":
+        raise TypeError(f"{name} must be a {_LIBRARY_NAMES[library]} array like {first}, but was a {found}")
 
 
 def check_callable(name: str, function: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .checks import library_of, plain_array
+from .checks import check_library, library_of, plain_array
 from .dtypes import DTYPES, DType
 
 __all__ = ["Parts", "check_parts"]
@@ -65,8 +65,7 @@ def _check_sequence(name: str, parts: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _check_part(name: str, array: Any, library: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-    if library_of(name, array) != library:
-        raise TypeError(f"{name} must be of the same library as outs[0], but was {type(array).__name__}")
+    check_library(name, array, library, "outs[0]")
     if array.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, but was {array.dtype}")
     if array.shape != shape:

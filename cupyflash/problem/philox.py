@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 
+from ..interop import read_seed
 from .shapes import check_shape, is_int
 
 __all__ = [
@@ -144,7 +145,7 @@ def dropout_mask(shape: tuple[int, ...], dropout_p: float, seed: Any) -> np.ndar
     shape : the shape of the scores, (..., [Hq,] L, S).  Axis −3, where there is one, is the head; everything
         before it, flattened in C order, is the batch.
     dropout_p : in [0, 1], the probability that a weight is dropped: 0 keeps all of them, 1 none
-    seed : int in [0, 2⁶⁴), or a uint64 array of one element
+    seed : int in [0, 2⁶⁴), or a uint64 array of one element, of any library that `attention` takes
 
     Returns
     -------
@@ -164,7 +165,7 @@ def dropout_mask(shape: tuple[int, ...], dropout_p: float, seed: Any) -> np.ndar
     """
     shape = check_shape("shape", shape)
     dropout_p = check_dropout_p(dropout_p)
-    seed = check_seed(seed)
+    seed = check_seed(read_seed(seed))
     if not isinstance(seed, int):
         seed = seed.item()  # the mask is made on the host, wherever the seed lives
     *batch, seqlen_q, seqlen_k = shape

@@ -161,8 +161,10 @@ def test_python_blocks_run_and_their_comments_hold(readme: str) -> None:
     assert run_blocks(readme) > 0, "README.md: no result in a comment was checked; write `# -> …` or `# (2, 8, …)`"
 
 
-@pytest.mark.parametrize("page", ["score_mod.md"])
-def test_pages_of_the_docs_hold_too(page: str) -> None:
+@pytest.mark.parametrize(("page", "libraries"), [("score_mod.md", ()), ("interop.md", ("torch", "jax"))])
+def test_pages_of_the_docs_hold_too(page: str, libraries: tuple[str, ...]) -> None:
+    for library in libraries:
+        pytest.importorskip(library)
     assert run_blocks((ROOT / "docs" / page).read_text(encoding="utf-8"), page) > 0
 
 

@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).parents[2] / "cupyflash"
 ORDER = [
     "errors",
     "hashing",
+    "interop",
     "problem",
     "problem.dtypes",
     "problem.masks",
@@ -87,7 +88,11 @@ SHARED = {
 
 # What may be imported from outside, beside the standard library.
 REQUIREMENTS = {"numpy", "ml_dtypes"}
-OPTIONAL = {"testing": {"hypothesis"}, "build.nvrtc": {"cuda"}}  # imported by the functions that need it
+OPTIONAL = {
+    "interop": {"cupy"},
+    "testing": {"hypothesis"},
+    "build.nvrtc": {"cuda"},
+}  # imported by the functions that need it
 
 
 def module_name(path: Path, package: Path) -> str:
