@@ -67,6 +67,8 @@ ORDER = [
     "flops",
     "formulas",
     "api",
+    "integrations",
+    "integrations.transformers",
     "explain",
     "",
     "testing",
@@ -88,11 +90,13 @@ SHARED = {
 
 # What may be imported from outside, beside the standard library.
 REQUIREMENTS = {"numpy", "ml_dtypes"}
+# Imported by the functions that need it, or by the one module that nobody imports without it.
 OPTIONAL = {
     "interop": {"cupy"},
     "testing": {"hypothesis"},
     "build.nvrtc": {"cuda"},
-}  # imported by the functions that need it
+    "integrations.transformers": {"torch", "transformers"},
+}
 
 
 def module_name(path: Path, package: Path) -> str:
