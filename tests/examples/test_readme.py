@@ -161,7 +161,10 @@ def test_python_blocks_run_and_their_comments_hold(readme: str) -> None:
     assert run_blocks(readme) > 0, "README.md: no result in a comment was checked; write `# -> …` or `# (2, 8, …)`"
 
 
-@pytest.mark.parametrize(("page", "libraries"), [("score_mod.md", ()), ("interop.md", ("torch", "jax"))])
+PAGES = {"score_mod.md": (), "interop.md": ("torch", "jax"), "transformers.md": ("torch", "transformers")}
+
+
+@pytest.mark.parametrize(("page", "libraries"), PAGES.items())
 def test_pages_of_the_docs_hold_too(page: str, libraries: tuple[str, ...]) -> None:
     for library in libraries:
         pytest.importorskip(library)

@@ -131,6 +131,11 @@ class Models:
             return model.eval()
 
         self.ours, self.eager, self.exact = make(ours.NAME), make("eager"), make(exact).double()
+        for parameter in self.eager.parameters():
+            if (
+                parameter.ndim > 1
+            ):  # else scores are nearly 0, and their softmax nearly the same whatever was done to them
+                parameter.detach().normal_(std=parameter.shape[-1] ** -0.5)
         self.ours.load_state_dict(self.eager.state_dict())
         self.exact.load_state_dict(self.eager.state_dict())
 
