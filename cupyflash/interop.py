@@ -137,9 +137,11 @@ def _read_all(library: _Library, arguments: Mapping[str, Any]) -> dict[str, Any]
             return type(value)(read(f"{name}[{i}]", item) for i, item in enumerate(value))
         if isinstance(value, np.ndarray) or is_foreign(value) or type(value) in NATIVE:
             raise TypeError(f"{name} must be a {library.name} like {first}, but was a {type_name(value)}")
-        return value  # None, a seed, or what is no array at all, which the function will say
+        return value  # a seed, or what is no array at all, which the function will say
 
-    return {name: read(name, value) if name in _ARRAYS else value for name, value in arguments.items()}
+    return {
+        name: value if value is None or name not in _ARRAYS else read(name, value) for name, value in arguments.items()
+    }
 
 
 def type_name(array: Any) -> str:
