@@ -26,6 +26,8 @@ FUNCTIONS = [
     "asarray",
     "ascontiguousarray",
     "broadcast_to",
+    "concatenate",
+    "cos",
     "exp",
     "full",
     "greater_equal",
@@ -35,13 +37,17 @@ FUNCTIONS = [
     "maximum",
     "repeat",
     "shares_memory",
+    "sign",
+    "sin",
+    "sqrt",
     "tanh",
     "unique",
     "where",
+    "zeros",
 ]
 CONSTANTS = ["bool_", "inf", "uint32", "uint64"]
-ATTRIBUTES = ["dtype", "flags", "itemsize", "ndim", "shape", "size", "strides"]
-METHODS = ["any", "astype", "copy", "item", "max", "ravel", "reshape", "sum", "swapaxes"]
+ATTRIBUTES = ["dtype", "flags", "itemsize", "nbytes", "ndim", "shape", "size", "strides"]
+METHODS = ["any", "astype", "copy", "item", "max", "mean", "ravel", "reshape", "sum", "swapaxes"]
 
 
 class Device:
@@ -202,6 +208,10 @@ class Array(NDArrayOperatorsMixin):
     def data(self) -> types.SimpleNamespace:
         return types.SimpleNamespace(ptr=self.memory.ctypes.data)
 
+    def get(self) -> np.ndarray:
+        """A copy in the host's memory."""
+        return self.memory.copy()
+
     def __array__(self, *args: object, **kwargs: object) -> np.ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed.")
 
@@ -261,8 +271,8 @@ def _unwrap(value: Any) -> Any:
         return value.memory
     if isinstance(value, np.ndarray):
         raise TypeError("Unsupported type <class 'numpy.ndarray'>")
-    if isinstance(value, tuple):
-        return tuple(map(_unwrap, value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_unwrap, value))
     return value
 
 
