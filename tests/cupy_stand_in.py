@@ -208,6 +208,9 @@ class Array(NDArrayOperatorsMixin):
     def data(self) -> types.SimpleNamespace:
         return types.SimpleNamespace(ptr=self.memory.ctypes.data)
 
+    def __len__(self) -> int:
+        return len(self.memory)
+
     def get(self) -> np.ndarray:
         """A copy in the host's memory."""
         return self.memory.copy()

@@ -70,6 +70,12 @@ def test_cupy_arrays_give_the_same(example: ModuleType, cupy: Any) -> None:
     np.testing.assert_allclose(found, generate(example, pieces, np, backend="math"), rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("math_on_cuda")
+def test_the_backend_cuda_takes_cupy_arrays(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    example.main(["--backend", "cuda", "--tokens", "12", "--temperature", "0"])
+    assert "and goes on\nThat worried\n" in capsys.readouterr().out
+
+
 def test_wrong_numbers_are_named(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--tokens", "0"], ["--temperature", "-1"], ["--temperature", "nan"]):
         with pytest.raises(SystemExit):
