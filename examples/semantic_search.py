@@ -3,7 +3,7 @@
 all-MiniLM-L6-v2 is a sentence encoder of 22 million parameters (Wang et al., "MiniLM", 2020; Reimers and Gurevych,
 "Sentence-BERT", 2019), on Hugging Face as sentence-transformers/all-MiniLM-L6-v2.  A text goes in, a vector of 384
 numbers comes out, and texts that mean the same have vectors in the same direction.  The whole encoder is below, in some
-eighty lines that run on NumPy and CuPy arrays alike.
+seventy lines that run on NumPy and CuPy arrays alike.
 
 Texts of several lengths go through it together, padded to the longest.  Where there is padding is a bool mask (batch,
 length), which `attention` takes as it is: it broadcasts over heads and queries, and is never expanded,

@@ -161,7 +161,13 @@ def test_python_blocks_run_and_their_comments_hold(readme: str) -> None:
     assert run_blocks(readme) > 0, "README.md: no result in a comment was checked; write `# -> …` or `# (2, 8, …)`"
 
 
-PAGES = {"score_mod.md": (), "interop.md": ("torch", "jax"), "transformers.md": ("torch", "transformers")}
+PAGES = {
+    "explanation.md": (),
+    "interop.md": ("torch", "jax"),
+    "score_mod.md": (),
+    "transformers.md": ("torch", "transformers"),
+    "tutorial.md": (),
+}
 
 
 @pytest.mark.parametrize(("page", "libraries"), PAGES.items())
@@ -180,6 +186,12 @@ def test_command_is_one_line(readme: str, heading: str) -> None:
 def test_links_point_at_files(readme: str) -> None:
     lacking = sorted({path for path in relative_links(readme) if not (ROOT / path).exists()})
     assert not lacking, f"README.md links to what does not exist: {lacking}"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_links_of_the_docs_point_at_files(page: Path) -> None:
+    lacking = sorted({path for path in relative_links(page.read_text("utf-8")) if not (page.parent / path).exists()})
+    assert not lacking, f"{page.name} links to what does not exist: {lacking}"
 
 
 @pytest.mark.usefixtures("readme")
