@@ -173,6 +173,13 @@ def test_cupy_arrays_give_the_same(example: ModuleType, cupy: Any) -> None:
     np.testing.assert_allclose(found, example.Encoder(weights, CONFIG, np, "math")(TOKENS, MASK), rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("cxx")
+def test_the_kernels_give_the_same(example: ModuleType) -> None:
+    weights = random_weights(CONFIG)
+    found = example.Encoder(weights, CONFIG, np, "emulator")(TOKENS, MASK)
+    np.testing.assert_allclose(found, example.Encoder(weights, CONFIG, np)(TOKENS, MASK), rtol=0, atol=1e-6)
+
+
 def test_gelu(example: ModuleType) -> None:
     x = np.linspace(-9, 9, 1001, dtype=np.float32)
     exact = [v * 0.5 * math.erfc(-v / math.sqrt(2)) for v in x.tolist()]

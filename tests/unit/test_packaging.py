@@ -116,6 +116,7 @@ def test_wheel_metadata(wheel: Path) -> None:
         "nvrtc",
         "test",
         "examples",
+        "models",
         "bench",
         "dev",
     }
