@@ -208,6 +208,9 @@ class Array(NDArrayOperatorsMixin):
     def data(self) -> types.SimpleNamespace:
         return types.SimpleNamespace(ptr=self.memory.ctypes.data)
 
+    def __bool__(self) -> bool:
+        return bool(self.memory)
+
     def __len__(self) -> int:
         return len(self.memory)
 
