@@ -2,6 +2,9 @@
 PYTHON ?= python3
 export PATH := $(dir $(shell command -v $(PYTHON))):$(PATH)
 
+# A process for every core; one that has nothing left takes half of another's tests.
+PARALLEL = -n auto --dist worksteal
+SHARD = 1/1
 KERNEL_SOURCES = $(shell find kernels_cu -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
 .PHONY: help check lint test compile-all fuzz bench gpu format
@@ -10,7 +13,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
 check: lint  ## lint and the quick tests: before every commit
-	$(PYTHON) -m pytest -q -m "not slow and not gpu"
+	$(PYTHON) -m pytest $(PARALLEL) -q -m "not slow and not gpu"
 
 lint:  ## formatting, ruff, mypy, clang-format (pip install -e '.[dev]')
 	$(PYTHON) -m ruff format --check
@@ -19,13 +22,13 @@ lint:  ## formatting, ruff, mypy, clang-format (pip install -e '.[dev]')
 	clang-format --dry-run --Werror $(KERNEL_SOURCES)
 
 test:  ## every test that this machine can run
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest $(PARALLEL)
 
-compile-all:  ## every kernel for every architecture, with the checks of tests/compile; needs NVRTC, no GPU
-	$(PYTHON) -m tests.compile.all
+compile-all:  ## every kernel for every architecture, with the checks of tests/compile; needs NVRTC, no GPU (SHARD=1/8)
+	$(PYTHON) -m tests.compile.all --shard $(SHARD)
 
 fuzz:  ## the property tests with many examples
-	HYPOTHESIS_PROFILE=nightly $(PYTHON) -m pytest tests/fuzz
+	HYPOTHESIS_PROFILE=nightly $(PYTHON) -m pytest $(PARALLEL) tests/fuzz
 
 bench:  ## the benchmark on the CPU (pip install -e '.[bench]'); that on a GPU is part of `make gpu`
 	$(PYTHON) benchmarks/bench_cpu.py

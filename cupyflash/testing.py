@@ -28,6 +28,7 @@ bias, …):
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -309,20 +310,22 @@ def assert_attention_close(
     case : a `Case`, or the keyword arguments of the call
     backend : who computed it; for the message only
     """
-    arguments = case.arguments() if isinstance(case, Case) else case
-    about = f"{case!r}" if isinstance(case, Case) else _describe(arguments)
-    asked = {name: arguments.get(name, False) for name in ("return_lse", "return_weights")}
-    arguments = {name: x for name, x in arguments.items() if name in _ORACLE_ARGUMENTS}
+    if isinstance(case, Case):
+        about = f"{case!r}"
+        asked = {"return_lse": case.return_lse, "return_weights": case.return_weights}
+        arguments, truth, plain = _reference_of(
+            replace(case, return_lse=False, return_weights=False), stage is not None
+        )
+    else:
+        about = _describe(case)
+        asked = {name: case.get(name, False) for name in ("return_lse", "return_weights")}
+        arguments, truth, plain = _reference(case, stage is not None)
     if stage is not None:
-        key = _to_numpy(arguments["key"])
-        arguments = {**arguments, "value": np.zeros((*key.shape[:-1], 0), key.dtype), "dropout_p": 0.0}
-        truth, plain = _reference(arguments)
         who = f"attention_weights(stage={stage!r})" + (f" on backend {backend!r}" if backend else "")
         limit = _weights_limit if stage == "softmax" else _scores_limit
         _judge(actual, stage, limit(truth, plain, stage, arguments), who, about, _reproducer(case, backend))
         return
 
-    truth, plain = _reference(arguments)
     names = [
         "out",
         *(["lse"] if asked["return_lse"] else []),
@@ -347,9 +350,19 @@ class _Limit(NamedTuple):
     specified: Array
 
 
-def _reference(arguments: Mapping[str, Any]) -> tuple[Reference, Reference]:
-    """The oracle, and the same formula computed in the precision that a backend accumulates in."""
-    return oracle(**arguments), oracle(**arguments, dtype=_accumulator(arguments))
+def _reference(arguments: Mapping[str, Any], scores_alone: bool) -> tuple[Mapping[str, Any], Reference, Reference]:
+    """The oracle's arguments, its result, and that of the same formula in the precision a backend accumulates in."""
+    arguments = {name: x for name, x in arguments.items() if name in _ORACLE_ARGUMENTS}
+    if scores_alone:
+        key = _to_numpy(arguments["key"])
+        arguments = {**arguments, "value": np.zeros((*key.shape[:-1], 0), key.dtype), "dropout_p": 0.0}
+    return arguments, oracle(**arguments), oracle(**arguments, dtype=_accumulator(arguments))
+
+
+# Tests judge several backends, or several stages, by one case after the other.
+@functools.lru_cache(maxsize=1)
+def _reference_of(case: Case, scores_alone: bool) -> tuple[Mapping[str, Any], Reference, Reference]:
+    return _reference(case.arguments(), scores_alone)
 
 
 def _accumulator(arguments: Mapping[str, Any]) -> np.dtype[Any]:

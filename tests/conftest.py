@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import os
 import shlex
@@ -13,9 +14,13 @@ from typing import Any, Protocol, TypeVar
 import pytest
 from hypothesis import HealthCheck, settings
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before NumPy is imported: there is a process for every core, and threads of BLAS spin while they wait.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 T = TypeVar("T")
 
-EMULATED = pytest.StashKey[int]()
+COUNTED = pytest.StashKey[collections.Counter[str]]()
 REQUIREMENTS = ("cxx", "nvrtc", "gpu")
 
 # No deadlines anywhere: a busy machine is not a bug.
@@ -47,6 +52,7 @@ def required_names(config: pytest.Config) -> Collection[str]:
 
 def pytest_configure(config: pytest.Config) -> None:
     required_names(config)  # a misspelt name must stop the run, not weaken it
+    config.stash[COUNTED] = collections.Counter()
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +106,7 @@ def emulated_launches(pytestconfig: pytest.Config) -> Iterator[None]:
 
     @functools.wraps(plain)
     def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
-        pytestconfig.stash[EMULATED] = pytestconfig.stash.get(EMULATED, 0) + 1
+        pytestconfig.stash[COUNTED]["emulator: {} kernel launches"] += 1
         return plain(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -108,6 +114,21 @@ def emulated_launches(pytestconfig: pytest.Config) -> Iterator[None]:
         yield
 
 
+# What is counted is text with a place for the number. Processes of pytest-xdist hand their counts to the one that
+# writes the summary.
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["counted"] = dict(session.config.stash[COUNTED])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    # A worker that crashed has no output.
+    node.config.stash[COUNTED].update(getattr(node, "workeroutput", {}).get("counted", {}))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if number := config.stash.get(EMULATED, 0):
-        terminalreporter.write_line(f"emulator: {number} kernel launches")
+    for text, number in sorted(config.stash[COUNTED].items()):
+        terminalreporter.write_line(text.format(number))

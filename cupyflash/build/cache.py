@@ -67,7 +67,7 @@ class Cache:
     folder
         created, with mode 0700, if it is not there.  None: ``default_folder()``.
     max_bytes
-        what the entries may take together; the least recently used go first.
+        what the entries may take together, or a little more; the least recently used go first.
 
     Raises
     ------
@@ -82,6 +82,7 @@ class Cache:
             raise ValueError(f"max_bytes={max_bytes} is negative")
         self.folder = Path(folder) if folder is not None else default_folder()
         self.max_bytes = max_bytes
+        self._bytes_to_eviction = 0
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _require_private(self.folder)
 
@@ -115,7 +116,7 @@ class Cache:
                 self._install(made, entry)
             finally:
                 shutil.rmtree(workplace, ignore_errors=True)
-            self._evict(keep=entry)
+            self._evict_now_and_then(entry)
         return entry
 
     def _use(self, entry: Path) -> bool:
@@ -154,6 +155,15 @@ class Cache:
             with contextlib.suppress(OSError):  # some network file systems have no locks
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+    def _evict_now_and_then(self, new: Path) -> None:
+        # Thousands of entries take longer to look through than a kernel takes to compile: the first build of a process
+        # does, and then one for every 32nd of what the cache may hold.
+        with contextlib.suppress(FileNotFoundError):
+            self._bytes_to_eviction -= sum(file.stat().st_size for file in new.iterdir())
+        if self._bytes_to_eviction <= 0:
+            self._evict(keep=new)
+            self._bytes_to_eviction = self.max_bytes // 32
 
     def _evict(self, keep: Path) -> None:
         now = time.time()

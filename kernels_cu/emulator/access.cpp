@@ -20,7 +20,7 @@ std::byte* shared_bytes(const char* what, std::uint32_t address, std::uint32_t b
     fail(site, "%s: %u bytes at shared%+lld are outside the block's %u bytes of shared memory", what, bytes,
          static_cast<long long>(address) - kSharedBase, available);
   }
-  check_no_mbarrier(what, address, bytes, site);
+  if (!block.mbarriers.empty()) check_no_mbarrier(what, address, bytes, site);
   return block.shared + (address - kSharedBase);
 }
 

@@ -16,9 +16,7 @@ __thread Identity* current = nullptr;
 
 namespace {
 
-// Under a random schedule, one access to memory in so many offers the CPU to other warps. Demotions of the leader
-// under kPriority are rarer: PCT wants few of them.
-constexpr std::uint32_t kPreemptOneIn = 256;
+// Demotions of the leader under kPriority are rarer than preemptions: PCT wants few of them.
 constexpr std::uint32_t kDemoteOneIn = 512;
 // And at one choice of a thread in so many a bulk load lands; else they land when nothing can run.
 constexpr std::uint32_t kLandOneIn = 8;
@@ -236,12 +234,6 @@ void yield() {
   block.last_warp = (me.warp_index + 1) % block.num_warps;
   me.warp->priority >>= 16;
   switch_to(block, me, pick(block));
-}
-
-void maybe_preempt() {
-  Block& block = *current_thread().block;
-  if (block.launch->options.schedule == Schedule::kFifo) return;
-  if (block.random.below(kPreemptOneIn) == 0) yield();
 }
 
 void fail(Site site, const char* format, ...) {

@@ -175,8 +175,14 @@ void suspend(const char* what, Site site);
 void make_ready(Warp& warp, std::uint32_t lanes);
 // Lets others go first, if there are any.
 void yield();
-// At every access to memory: under a random schedule, yields now and then.
-void maybe_preempt();
+// Under a random schedule, one access to memory in so many offers the CPU to other warps.
+constexpr std::uint32_t kPreemptOneIn = 256;
+
+inline void maybe_preempt() {
+  Block& block = *current_thread().block;
+  if (block.launch->options.schedule == Schedule::kFifo) return;
+  if (block.random.below(kPreemptOneIn) == 0) yield();
+}
 
 // Ends the block with a report that starts with the site and the current thread. Like printf.
 [[noreturn]] void fail(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));

@@ -5,7 +5,6 @@
 // callers leave it to its default. isa.cuh includes this file, after types.cuh.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -19,6 +18,44 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __grid_constant__
+
+// The functions of mathematics, which CUDA declares by itself. They are the C library's; its header for C++ would take
+// longer to compile than most kernels do.
+#define EMULATOR_OF_ONE(name)   \
+  double name(double) noexcept; \
+  float name##f(float) noexcept;
+#define EMULATOR_OF_TWO(name)           \
+  double name(double, double) noexcept; \
+  float name##f(float, float) noexcept;
+extern "C" {
+EMULATOR_OF_ONE(atan)
+EMULATOR_OF_ONE(ceil)
+EMULATOR_OF_ONE(cos)
+EMULATOR_OF_ONE(cosh)
+EMULATOR_OF_ONE(exp)
+EMULATOR_OF_ONE(exp2)
+EMULATOR_OF_ONE(expm1)
+EMULATOR_OF_ONE(fabs)
+EMULATOR_OF_ONE(floor)
+EMULATOR_OF_ONE(log)
+EMULATOR_OF_ONE(log10)
+EMULATOR_OF_ONE(log1p)
+EMULATOR_OF_ONE(log2)
+EMULATOR_OF_ONE(rint)
+EMULATOR_OF_ONE(sin)
+EMULATOR_OF_ONE(sinh)
+EMULATOR_OF_ONE(sqrt)
+EMULATOR_OF_ONE(tan)
+EMULATOR_OF_ONE(tanh)
+EMULATOR_OF_ONE(trunc)
+EMULATOR_OF_TWO(copysign)
+EMULATOR_OF_TWO(fmax)
+EMULATOR_OF_TWO(fmin)
+EMULATOR_OF_TWO(fmod)
+EMULATOR_OF_TWO(pow)
+}
+#undef EMULATOR_OF_ONE
+#undef EMULATOR_OF_TWO
 
 struct uint2 {
   unsigned int x, y;

@@ -50,41 +50,54 @@ constexpr const char* name_of(AccessKind kind) {
   return "access";
 }
 
+constexpr AccessKind kind_of(const Access& access) { return static_cast<AccessKind>(access.kind); }
+
 // What is missing between an earlier access and one by `warp`.
 const char* cure_for(const Access& earlier, int warp) {
   if (earlier.lane == kInFlight) return "cp.async wait";
   if (earlier.warp >= kFirstMbarrier) return "mbarrier wait";
   if (earlier.warp >= kFirstStore) return "bulk wait or barrier";
   if (earlier.warp >= kFirstWarpgroup) return "wgmma wait or barrier";
-  return earlier.warp == warp ? "__syncwarp" : "barrier";
+  return static_cast<int>(earlier.warp) == warp ? "__syncwarp" : "barrier";
 }
+
+// Numbers that only grow from launch to launch start again before they overflow.
+constexpr std::uint32_t kMostNumbers = 1u << 31;
 
 }  // namespace
 
 inline bool RaceDetector::is_ordered(const Access& earlier, const Clock& clock, int warp, std::uint8_t lane) const {
-  if (earlier.clock == 0) return true;
+  if (is_past(earlier)) return true;
   if (earlier.lane == kInFlight) return false;
-  if (earlier.warp != warp) return clock.seen[earlier.warp] >= earlier.clock;
+  if (static_cast<int>(earlier.warp) != warp) return clock.seen[earlier.warp] >= earlier.clock;
   if (earlier.clock < lanes_clock_[warp]) return true;
   // A collective runs when all lanes have come to it, so reads before it are over, and so are its own when it
   // is.
-  if (!is_write(earlier.kind) && (earlier.lane == kWholeWarp || lane == kWholeWarp)) return true;
+  if (!is_write(kind_of(earlier)) && (earlier.lane == kWholeWarp || lane == kWholeWarp)) return true;
   return earlier.lane == lane && lane != kWholeWarp;
 }
 
-inline bool RaceDetector::is_fenced(const Word& word) const {
-  if (word.dirty <= past_fences_) return true;
-  const auto& fences = last_fence_[word.write.warp];
-  if (word.write.lane < kWholeWarp) return fences[word.write.lane] > word.dirty;
-  return *std::min_element(fences.begin(), fences.end()) > word.dirty;
+inline bool RaceDetector::is_fenced(const Access& write, std::uint32_t dirty) const {
+  if (dirty <= past_fences_) return true;
+  const auto& fences = last_fence_[write.warp];
+  if (write.lane < kWholeWarp) return fences[write.lane] > dirty;
+  return *std::min_element(fences.begin(), fences.end()) > dirty;
 }
 
 void RaceDetector::reset(bool enabled, std::uint32_t shared_bytes) {
   enabled_ = enabled;
-  latest_clock_ = 1;
-  fences_ = 1;
-  words_.assign(enabled ? (shared_bytes + 3) / 4 : 0, Word{});
-  sites_.assign(enabled ? kSites : 0, Site{});
+  if (!enabled) return;
+  if (latest_clock_ > kMostNumbers || fences_ > kMostNumbers) {
+    latest_clock_ = fences_ = 0;
+    words_.clear();
+    dirty_.clear();
+  }
+  const std::size_t num_words = (shared_bytes + 3) / 4;
+  if (words_.size() < num_words) {
+    words_.resize(num_words);
+    dirty_.resize(num_words);
+  }
+  sites_.assign(kSites, Site{});
 }
 
 void RaceDetector::begin_block(Clock* clocks, int num_warps) {
@@ -117,10 +130,10 @@ bool RaceDetector::access(const Clock& clock, int warp, std::uint8_t lane, Acces
   if (!enabled_) return true;
   Access mine;
   mine.clock = clock.seen[warp];
-  mine.warp = static_cast<std::uint8_t>(warp);
-  mine.lane = kind == AccessKind::kCopy ? kInFlight : lane;
-  mine.kind = kind;
   mine.site = site_index(site);
+  mine.warp = static_cast<std::uint32_t>(warp);
+  mine.lane = kind == AccessKind::kCopy ? kInFlight : lane;
+  mine.kind = static_cast<std::uint32_t>(kind);
   return note(clock, warp, lane, mine, offset, bytes, report, report_bytes);
 }
 
@@ -131,30 +144,31 @@ bool RaceDetector::access_async(const Clock& clock, int warp, std::uint8_t lane,
   reach(when);
   Access mine;
   mine.clock = when;
-  mine.warp = static_cast<std::uint8_t>(identity);
-  mine.lane = kWholeWarp;
-  mine.kind = kind;
   mine.site = site_index(site);
+  mine.warp = static_cast<std::uint32_t>(identity);
+  mine.lane = kWholeWarp;
+  mine.kind = static_cast<std::uint32_t>(kind);
   return note(clock, warp, lane, mine, offset, bytes, report, report_bytes);
+}
+
+// "the st.shared by warp 3 lane 5 at fwd_sm90.cu:100"
+void RaceDetector::describe(const Access& access, char (&text)[256]) const {
+  const Site site = sites_[access.site];
+  char who[40] = "";
+  if (access.warp < kMaxWarps && access.lane < kWholeWarp) {
+    std::snprintf(who, sizeof who, " by warp %u lane %u", unsigned{access.warp}, unsigned{access.lane});
+  } else if (access.warp < kMaxWarps) {
+    std::snprintf(who, sizeof who, " by warp %u", unsigned{access.warp});
+  }
+  std::snprintf(text, sizeof text, "the %s%s at %s:%d", name_of(kind_of(access)), who, base_name(site.file), site.line);
 }
 
 bool RaceDetector::note(const Clock& clock, int warp, std::uint8_t lane, Access mine, std::uint32_t offset,
                         std::uint32_t bytes, char* report, std::size_t report_bytes) {
-  const AccessKind kind = mine.kind;
+  const AccessKind kind = kind_of(mine);
+  const bool writes = is_write(kind);
   const bool asynchronous = is_asynchronous(kind);
 
-  // "the st.shared by warp 3 lane 5 at fwd_sm90.cu:100"
-  const auto describe = [&](const Access& earlier, char (&text)[256]) {
-    const Site other = sites_[earlier.site];
-    char who[40] = "";
-    if (earlier.warp < kMaxWarps && earlier.lane < kWholeWarp) {
-      std::snprintf(who, sizeof who, " by warp %d lane %d", earlier.warp, earlier.lane);
-    } else if (earlier.warp < kMaxWarps) {
-      std::snprintf(who, sizeof who, " by warp %d", earlier.warp);
-    }
-    std::snprintf(text, sizeof text, "the %s%s at %s:%d", name_of(earlier.kind), who, base_name(other.file),
-                  other.line);
-  };
   const auto complain = [&](std::uint32_t word, const Access& earlier) {
     char text[256];
     describe(earlier, text);
@@ -165,8 +179,18 @@ bool RaceDetector::note(const Clock& clock, int warp, std::uint8_t lane, Access 
 
   for (std::uint32_t w = offset / 4; w < (offset + bytes + 3) / 4; ++w) {
     Word& word = words_[w];
+    int slot = 0;
+    if (!writes) {
+      while (slot < kReaders - 1 && !is_past(word.reads[slot]) && word.reads[slot].warp != mine.warp) ++slot;
+      const Access& read = word.reads[slot];
+      // What this warp has read at this time it may read again: as the same lane, or as any where several have.
+      if (read.clock == mine.clock && read.warp == mine.warp && !asynchronous &&
+          (read.lane == lane || read.lane == kSeveralLanes)) {
+        continue;
+      }
+    }
     if (!is_ordered(word.write, clock, warp, lane)) return complain(w, word.write);
-    if (asynchronous && !is_fenced(word)) {
+    if (asynchronous && !is_fenced(word.write, dirty_[w])) {
       char text[256];
       describe(word.write, text);
       std::snprintf(report, report_bytes,
@@ -174,29 +198,25 @@ bool RaceDetector::note(const Clock& clock, int warp, std::uint8_t lane, Access 
                     name_of(kind), w * 4, text);
       return false;
     }
-    if (is_write(kind)) {
+    if (writes) {
       for (const Access& read : word.reads) {
-        if (read.clock == 0) break;
+        if (is_past(read)) break;
         if (!is_ordered(read, clock, warp, lane)) return complain(w, read);
       }
       word.write = mine;
-      word.dirty = is_generic_write(kind) ? fences_ : 0;
+      dirty_[w] = is_generic_write(kind) ? fences_ : 0;
       word.reads[0].clock = 0;
       continue;
     }
     // A read: replaces this warp's earlier one, which any writer ordered after this one is ordered after as
     // well.
-    int slot = 0;
-    while (slot < kReaders - 1 && word.reads[slot].clock != 0 && word.reads[slot].warp != mine.warp) ++slot;
     Access& read = word.reads[slot];
-    const bool was_free = read.clock == 0;
-    if (!was_free && read.warp == mine.warp && read.clock == mine.clock) {
-      if (!asynchronous && read.lane != lane && lane != kWholeWarp)
-        read.lane = read.lane == kWholeWarp ? lane : kSeveralLanes;
+    if (read.warp == mine.warp && read.clock == mine.clock) {
+      if (!asynchronous && lane != kWholeWarp) read.lane = read.lane == kWholeWarp ? lane : kSeveralLanes;
       continue;
     }
+    if (is_past(read) && slot + 1 < kReaders) word.reads[slot + 1].clock = 0;
     read = mine;
-    if (was_free && slot + 1 < kReaders) word.reads[slot + 1].clock = 0;
   }
   return true;
 }
@@ -206,7 +226,7 @@ void RaceDetector::land(const Clock& clock, int warp, std::uint8_t lane, std::ui
   for (std::uint32_t w = offset / 4; w < (offset + bytes + 3) / 4; ++w) {
     words_[w].write.lane = lane;
     words_[w].write.clock = clock.seen[warp];
-    words_[w].dirty = fences_;
+    dirty_[w] = fences_;
   }
 }
 

@@ -69,22 +69,23 @@ enum class AccessKind : std::uint8_t {
   kMultiply,  // wgmma reads its operands
 };
 
+// Eight bytes: most of the emulator's time goes by looking these up.
 struct Access {
-  std::uint32_t clock = 0;  // 0: none; warps start at 1
-  std::uint8_t warp = 0;    // or another identity
-  std::uint8_t lane = 0;
-  AccessKind kind = AccessKind::kLoad;
-  std::uint8_t unused = 0;
-  std::uint32_t site = 0;  // an index into the detector's table
+  std::uint32_t clock;      // 0: none
+  std::uint32_t site : 12;  // an index into the detector's table
+  std::uint32_t warp : 8;   // or another identity
+  std::uint32_t lane : 6;
+  std::uint32_t kind : 6;  // an AccessKind
 };
+static_assert(sizeof(Access) == 8);
 
 class RaceDetector {
  public:
-  // Forgets everything and covers `shared_bytes` of shared memory. Disabled, all else does nothing.
+  // Covers `shared_bytes` of shared memory. Disabled, all else does nothing.
   void reset(bool enabled, std::uint32_t shared_bytes);
   bool enabled() const { return enabled_; }
 
-  // Starts a block: all that earlier blocks did is in the past of every warp, so nothing needs clearing.
+  // Starts a block: what earlier blocks and launches did is in the past and no longer counts, so nothing needs clearing.
   void begin_block(Clock* clocks, int num_warps);
 
   // Notes an access to [offset, offset + bytes) of shared memory. On a race writes the report to `report` (of
@@ -122,26 +123,31 @@ class RaceDetector {
   static constexpr int kReaders = 15;
   static constexpr int kSites = 4096;
 
-  struct Word {
+  // Two cache lines; up to seven warps that read need the first one only.
+  struct alignas(64) Word {
     Access write;
-    std::uint32_t dirty = 0;  // the number of fences before the last generic write; 0: the write was asynchronous
+    // Those that are not in the past come first; what follows one that is means nothing.
     std::array<Access, kReaders> reads;
   };
 
   std::uint32_t site_index(Site site);
   bool note(const Clock& clock, int warp, std::uint8_t lane, Access mine, std::uint32_t offset, std::uint32_t bytes,
             char* report, std::size_t report_bytes);
+  bool is_past(const Access& access) const { return access.clock <= past_; }
   bool is_ordered(const Access& earlier, const Clock& clock, int warp, std::uint8_t lane) const;
-  bool is_fenced(const Word& word) const;
+  bool is_fenced(const Access& write, std::uint32_t dirty) const;
+  void describe(const Access& access, char (&text)[256]) const;
 
   bool enabled_ = false;
-  std::uint32_t past_ = 1;                              // what earlier blocks did is not after this
-  std::uint32_t latest_clock_ = 1;                      // the highest that any access can carry
+  std::uint32_t past_ = 0;                              // what earlier blocks did is not after this
+  std::uint32_t latest_clock_ = 0;                      // the highest that any access can carry
   std::array<std::uint32_t, kMaxWarps> lanes_clock_{};  // accesses of a warp before this are ordered for all its lanes
-  std::uint32_t fences_ = 1;
-  std::uint32_t past_fences_ = 1;
+  std::uint32_t fences_ = 0;
+  std::uint32_t past_fences_ = 0;
   std::array<std::array<std::uint32_t, 32>, kMaxWarps> last_fence_{};
   std::vector<Word> words_;
+  // For each word the number of fences before its last generic write; 0: the write was asynchronous.
+  std::vector<std::uint32_t> dirty_;
   std::vector<Site> sites_;
 };
 

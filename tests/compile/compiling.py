@@ -1,31 +1,62 @@
-"""Compiling many kernels, in several processes: threads gain nothing with NVRTC."""
+"""Compiling kernels and checking them: one, or many in several processes, for threads gain nothing with NVRTC."""
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
-from cupyflash.build.cache import Cache
+from cupyflash.build.cache import Cache, digest
 from cupyflash.build.launch import render_kernel
-from cupyflash.build.nvrtc import compile_cubin
+from cupyflash.build.nvrtc import compile_cubin, nvrtc_version
 from cupyflash.errors import KernelCompileError
-from tests.compile.checks import faults
+from tests.compile import checks
 from tests.compile.selection import Pair
 
 
-def found_faults(pairs: Sequence[Pair], folder: Path, jobs: int) -> Iterator[list[str]]:
-    """For each pair in order what is wrong with it; cubins are kept in the cache at `folder`."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        yield from pool.map(partial(_faults_of, folder=folder), pairs, chunksize=4)
+class Verdict(NamedTuple):
+    """What is wrong with a kernel (None: that was known) under a name for all that this follows from."""
+
+    key: str
+    faults: list[str] | None
 
 
-def _faults_of(pair: Pair, folder: Path) -> list[str]:
+def faults_of(pair: Pair, folder: Path) -> list[str]:
+    """What is wrong with it; the cubin is kept in the cache at `folder`."""
     try:
         binary = compile_cubin(render_kernel(pair.spec), pair.arch, Cache(folder))
     except KernelCompileError as error:
         return [str(error)]
-    return list(faults(pair.spec, binary))
+    return list(checks.faults(pair.spec, binary))
+
+
+def verdicts(pairs: Sequence[Pair], known: Collection[str], jobs: int) -> Iterator[Verdict]:
+    """For each pair in order what is wrong with it. Those whose key is known are not compiled; no cubin is kept."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_remember, initargs=(frozenset(known),)) as pool:
+        yield from pool.map(_verdict, pairs, chunksize=4)
+
+
+_known: frozenset[str] = frozenset()
+
+
+def _remember(known: frozenset[str]) -> None:
+    global _known
+    _known = known
+
+
+def _verdict(pair: Pair) -> Verdict:
+    key = digest(*_tools(), pair.arch, render_kernel(pair.spec).text)
+    if key in _known:
+        return Verdict(key, None)
+    with tempfile.TemporaryDirectory() as folder:
+        return Verdict(key, faults_of(pair, Path(folder)))
+
+
+@cache
+def _tools() -> tuple[str, bytes]:
+    return str(nvrtc_version()), Path(checks.__file__).read_bytes()

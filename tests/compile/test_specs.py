@@ -10,38 +10,32 @@ import pytest
 from cupyflash.build.launch import _constants, entry_of
 from cupyflash.build.nvrtc import Binary, Resources
 from cupyflash.plan.choose import every_spec
-from cupyflash.plan.specs import COMPANIONS, FwdSpec
+from cupyflash.plan.specs import COMPANIONS, FwdSpec, KernelSpec
 from cupyflash.plan.tiles import FAMILIES
+from cupyflash.tools.kernels import ARCHITECTURES
 from tests.compile.checks import faults
-from tests.compile.compiling import found_faults
-from tests.compile.conftest import COMPILED
+from tests.compile.compiling import faults_of
 from tests.compile.selection import Pair, every_pair, representative
+from tests.conftest import COUNTED
 
 EVERY = every_pair()
 PAIRS = representative(EVERY)
 
 
-@pytest.fixture(scope="module")
-def compiled(
-    nvrtc: tuple[int, int], tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
-) -> dict[Pair, list[str]]:
-    """What is wrong with each of PAIRS: two processes compile them."""
-    found = dict(zip(PAIRS, found_faults(PAIRS, tmp_path_factory.mktemp("cubins"), 2), strict=True))
-    pytestconfig.stash[COMPILED] = f"NVRTC: {len(found)} cubins of {len(EVERY)} that plans may choose"
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
-def test_registers_alone_and_tensor_cores(pair: Pair, compiled: dict[Pair, list[str]]) -> None:
-    assert compiled[pair] == []
+def test_registers_alone_and_tensor_cores(
+    pair: Pair, nvrtc: tuple[int, int], tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    assert faults_of(pair, tmp_path) == []
+    pytestconfig.stash[COUNTED][f"NVRTC: {{}} cubins of {len(EVERY)} that plans may choose"] += 1
 
 
 @pytest.mark.slow
-def test_companions_need_registers_alone(nvrtc: tuple[int, int], tmp_path: Path) -> None:
-    pairs = [Pair(spec, arch) for spec in COMPANIONS for arch in sorted({pair.arch for pair in EVERY})]
-    found = dict(zip(pairs, found_faults(pairs, tmp_path, 2), strict=True))
-    assert {pair: faults for pair, faults in found.items() if faults} == {}
+@pytest.mark.parametrize("spec", COMPANIONS, ids=str)
+def test_companions_need_registers_alone(spec: KernelSpec, nvrtc: tuple[int, int], tmp_path: Path) -> None:
+    found = {arch: faults_of(Pair(spec, arch), tmp_path) for arch in ARCHITECTURES}
+    assert {arch: faults for arch, faults in found.items() if faults} == {}
 
 
 def test_every_spec_has_other_constants() -> None:
@@ -92,7 +86,7 @@ def test_sm75_takes_twice_as_many_products() -> None:
 
 
 def test_a_kernel_that_is_refused_is_a_fault(nvrtc: tuple[int, int], tmp_path: Path) -> None:
-    ((fault,),) = found_faults([Pair(SPEC, "sm_1")], tmp_path, 1)
+    (fault,) = faults_of(Pair(SPEC, "sm_1"), tmp_path)
     assert "NVRTC could not compile" in fault
 
 

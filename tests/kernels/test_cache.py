@@ -171,6 +171,15 @@ def test_fresh_entries_stay(tmp_path):
     assert [entry.exists() for entry in entries] == [False, False, True]
 
 
+def test_the_folder_is_looked_through_now_and_then(tmp_path, monkeypatch):
+    looks = []
+    monkeypatch.setattr(Cache, "_evict", lambda self, keep: looks.append(keep.name))
+    cache = Cache(tmp_path, max_bytes=32 * 10_000)
+    for name in "abcdefgh":
+        cache.get(name, writer(bytes(3000)))  # and the manifest: the fourth after a look exceeds 10,000
+    assert looks == ["a", "e"]
+
+
 def test_abandoned_builds_are_removed(tmp_path):
     cache = Cache(tmp_path)
     for name, seconds in ((".dead", 2 * 24 * 3600), (".alive", 3600)):

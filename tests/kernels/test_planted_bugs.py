@@ -160,6 +160,20 @@ extern "C" __global__ void stream(const u32* x, u32* out, int num_tiles) {
     assert f"ld.shared by warp 0 lane 0 at test.cu:{read} (missing __syncwarp?)" in report
 
 
+def test_a_lane_that_reads_its_own_word_speaks_for_no_other():
+    text = r"""
+#include "isa.cuh"
+extern "C" __global__ void stream(const u32* x, u32* out, int num_tiles) {
+  if (isa::thread_index() == 0) isa::st_shared_4(isa::shared_base(), 1);  // write
+  isa::stg_4(out + isa::thread_index(), isa::ld_shared_4(isa::shared_base()));  // read
+}
+"""
+    report = finding(text, Options())
+    assert report is not None
+    assert report.startswith(f"test.cu:{line_of(text, '// read')}: block (0,0,0) thread 1 ")
+    assert f"st.shared by warp 0 lane 0 at test.cu:{line_of(text, '// write')} (missing __syncwarp?)" in report
+
+
 def test_divergent_shuffle():
     text = replaced("// exchange", "    if (lane < 16) sum += isa::shuffle_xor(sum, 1);  // exchange")
     for options in ALL_OPTIONS:
