@@ -39,7 +39,6 @@ BACKENDS: dict[str, Capabilities] = {
 #: Backends that run the GPU kernels. Calls are refused all over the op body; tests/ops/conftest.py lets a refusal pass.
 KERNEL_BACKENDS: dict[str, Capabilities] = {
     "emulator": Capabilities(
-        refuses=frozenset(("score_mod", "mask_mod")),
         max_head_dim=256,
     ),
 }

@@ -43,18 +43,17 @@ def debug_level() -> int:
     return int(text)
 
 
-def show_launch(launch: Launch, params: np.void, arch: str) -> None:
+def show_launch(launch: Launch, args: tuple[np.void, ...], arch: str) -> None:
     """Print what the level asks for; nothing at level 0."""
     if level := debug_level():
-        for line in _lines(launch, params, arch, level):
+        for line in _lines(launch, args, arch, level):
             print(f"cupyflash: {line}", file=sys.stderr)
 
 
-def _lines(launch: Launch, params: np.void, arch: str, level: int) -> Iterator[str]:
+def _lines(launch: Launch, args: tuple[np.void, ...], arch: str, level: int) -> Iterator[str]:
     yield str(launch)
     if level >= 2:
-        assert params.dtype.names is not None
-        for name in params.dtype.names:
+        for params, name in [(params, name) for params in args for name in params.dtype.names or ()]:
             yield f"  {name} = {params[name].tolist()}"
     if level >= 3:
         yield f"  source: {_source_path(launch.spec)}"

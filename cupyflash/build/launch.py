@@ -16,17 +16,32 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import Unsupported
-from ..plan.specs import CombineSpec, FwdSpec, KernelSpec, Launch, MaskSummarySpec, MergeSpec, Plan, WeightsSpec
+from ..plan.specs import (
+    CombineSpec,
+    FwdSpec,
+    KernelSpec,
+    Launch,
+    MaskSummarySpec,
+    MergeSpec,
+    Mods,
+    ModSummarySpec,
+    Plan,
+    WeightsSpec,
+)
 from ..problem.dtypes import dtype_named
 from ..problem.philox import dropout_threshold
-from ..problem.problem import Buffers, Problem
+from ..problem.problem import STAGES, Buffers, Problem
 from ..problem.shapes import join, joinable_axes
+from .functor import NO_MODS, render_mods
+from .modding import CallMods, ModSummary, summarize_mods
 from .params import (
     BATCH_AXES,
     COMBINE_PARAMS,
     FWD_PARAMS,
     MASK,
     MERGE_PARAMS,
+    MOD_MARKS,
+    MOD_SUMMARY_PARAMS,
     NO_SCORES,
     PART,
     SCORE_PARAMS,
@@ -56,10 +71,12 @@ _ELEMENTS = {"float16": "Float16", "bfloat16": "BFloat16", "float32": "float", "
 _STRUCTURES = {
     "Tensor": TENSOR,
     "Mask": MASK,
+    "ModMarks": MOD_MARKS,
     "ScoreParams": SCORE_PARAMS,
     "FwdParams": FWD_PARAMS,
     "CombineParams": COMBINE_PARAMS,
     "SummaryParams": SUMMARY_PARAMS,
+    "ModSummaryParams": MOD_SUMMARY_PARAMS,
     "Part": PART,
     "MergeParams": MERGE_PARAMS,
 }
@@ -75,13 +92,25 @@ def entry_of(spec: KernelSpec) -> str:
 @lru_cache(maxsize=256)
 def render_kernel(spec: KernelSpec) -> KernelSource:
     """The kernel's source over the constants of `spec`, with checks that it and build/params.py agree."""
-    source = render(f"{spec.family}.cu", _constants(spec), [entry_of(spec)], str(spec))
+    source = render(f"{spec.family}.cu", _constants(spec), [entry_of(spec)], str(spec), _types(spec))
     checks = "".join(layout_checks(name, dtype) for name, dtype in _STRUCTURES.items())
     return KernelSource(source.name, source.text + checks, source.entries)
 
 
+def _types(spec: KernelSpec) -> str:
+    """ScoreMod, MaskMod and ModArgs, for the kernels that apply mods."""
+    if not isinstance(spec, FwdSpec | WeightsSpec | ModSummarySpec):
+        return ""
+    mods = _mods_of(spec) or Mods()
+    return f'#include "mods.cuh"\n{render_mods(mods.score, mods.mask)}'
+
+
+def _mods_of(spec: KernelSpec) -> Mods | None:
+    return spec.features.mods if isinstance(spec, FwdSpec | WeightsSpec) else getattr(spec, "mods", None)
+
+
 def _constants(spec: KernelSpec) -> dict[str, ConfigValue]:
-    if isinstance(spec, MaskSummarySpec):
+    if isinstance(spec, MaskSummarySpec | ModSummarySpec):
         return {"kTilesPerBlock": spec.tiles_per_block}
     if isinstance(spec, MergeSpec):
         elements = {"Element": _ELEMENTS[spec.dtype], "OutElement": _ELEMENTS[spec.out_dtype]}
@@ -105,7 +134,7 @@ def _constants(spec: KernelSpec) -> dict[str, ConfigValue]:
     if isinstance(spec, WeightsSpec):
         dtype = dtype_named(spec.dtype)
         written = spec.dtype if spec.stage == "softmax" else dtype.accumulator.name
-        stage = ("raw", "capped", "biased", "softmax").index(spec.stage)
+        stage = STAGES.index(spec.stage)
         return constants | {"Written": _ELEMENTS[written], "kStage": stage, "kPacked": False, "kSplit": False}
     return constants | {
         "kBaseline": spec.baseline,
@@ -136,13 +165,18 @@ class Operands(NamedTuple):
     scores: bytes  # SCORE_PARAMS
     sinks: tuple[int, int]  # as in COMBINE_PARAMS: address, and whether they are float32
     summary: MaskSummary | None  # of the bool mask by the plan's tiles
+    mod_summary: ModSummary | None  # of mask_mod
+    mod_args: dict[Mods, np.void]  # the second parameter of kernels with mods
     kept: tuple[Any, ...]  # arrays that live as long as the call
 
 
-def prepare(problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[Any], int]) -> Operands:
+def prepare(
+    problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[Any], int], mods: CallMods | None = None
+) -> Operands:
     """The operands of a call: the arrays themselves, or a copy of one whose rows a kernel can't take.
 
-    An `out` like that becomes a new array; the caller copies it back.  `address` gives an array's first byte.
+    An `out` like that becomes a new array; the caller copies it back.  `address` gives an array's first byte.  `mods`
+    are what `plan` was chosen for.
 
     Raises
     ------
@@ -168,9 +202,14 @@ def prepare(problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[A
     steps += [_mask_steps(mask) for mask in (*masks, *([summary.array] if summary else ()))]
     if len(batch_shape) > BATCH_AXES:
         batch_shape, steps = _join(batch_shape, tuple(steps))
+    mod_summary, mod_args, mod_arrays = None, {}, ()
+    if mods is not None:
+        mod_summary = summarize_mods(mods, problem, plan, buffers, address)
+        mod_args, mod_arrays = _pack_mods(mods, problem, plan, buffers, address)
     scores, sinks, kept = NO_SCORES, (0, 0), ()
     if problem.has_sinks or not problem.has_plain_scores:
-        scores, sinks, kept = _scores(problem, buffers, masks, summary, steps[4:], address)
+        marks = mod_summary.marks if mod_summary else _NO_MARKS
+        scores, sinks, kept = _scores(problem, buffers, masks, summary, marks, steps[4:], address)
     accumulator, xp = problem.element.accumulator, problem.namespace
     lse, partial_out, partial_lse = buffers.lse, None, None
     if lse is None and buffers.weights is not None and not problem.stops_at_scores:
@@ -190,8 +229,20 @@ def prepare(problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[A
         scores,
         sinks,
         summary,
-        kept,
+        mod_summary,
+        mod_args,
+        (*kept, *mod_arrays),
     )
+
+
+def _pack_mods(
+    mods: CallMods, problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[Any], int]
+) -> tuple[dict[Mods, np.void], tuple[Any, ...]]:
+    """For each kernel its second parameter; and the arrays that those point to."""
+    found = {_mods_of(launch.spec) for launch in plan.launches} - {None}
+    packed = {one: mods.pack(one, problem, buffers, address) for one in found if one is not None}
+    arrays = [array for one in packed.values() for array in one.arrays]
+    return {one: block.args for one, block in packed.items()}, tuple(arrays)
 
 
 def _masks(buffers: Buffers, address: Callable[[Any], int]) -> list[Any]:
@@ -231,6 +282,7 @@ def _mask_steps(mask: Any) -> tuple[int, ...]:
 
 
 _NO_MASK = (0,) * (BATCH_AXES + 4)
+_NO_MARKS = (0,) * 4
 
 
 def _scores(
@@ -238,6 +290,7 @@ def _scores(
     buffers: Buffers,
     masks: list[Any],
     summary: MaskSummary | None,
+    marks: tuple[int, int, int, int],
     steps: list[Any],
     address: Callable[[Any], int],
 ) -> tuple[bytes, tuple[int, int], tuple[Any, ...]]:
@@ -261,6 +314,7 @@ def _scores(
         *float_mask,
         *bool_mask,
         *next(described, _NO_MASK),
+        *marks,
         0 if alibi_slopes is None else address(alibi_slopes),
         sinks[0],
         address(seed) if seed_is_array else 0,
@@ -310,16 +364,21 @@ def copies_of(plan: Plan, buffers: Buffers, address: Callable[[Any], int]) -> li
     return copies
 
 
-def launches(problem: Problem, plan: Plan, operands: Operands) -> Iterator[tuple[Launch, np.void]]:
-    """The plan's launches in order, each with its parameter block."""
+def launches(problem: Problem, plan: Plan, operands: Operands) -> Iterator[tuple[Launch, tuple[np.void, ...]]]:
+    """The plan's launches in order, each with its parameters."""
     if operands.summary is not None and operands.summary.launch is not None and operands.summary.params is not None:
-        yield operands.summary.launch, operands.summary.params
+        yield operands.summary.launch, (operands.summary.params,)
+    if operands.mod_summary is not None:
+        yield operands.mod_summary.launch, operands.mod_summary.args
     for launch in plan.launches:
-        if isinstance(launch.spec, CombineSpec):
-            yield launch, _combine_params(problem, plan, operands)
-        else:
-            parts = plan.weights_parts if isinstance(launch.spec, WeightsSpec) else plan.num_splits
-            yield launch, _forward_params(problem, plan, operands, parts)
+        spec = launch.spec
+        if isinstance(spec, CombineSpec):
+            yield launch, (_combine_params(problem, plan, operands),)
+            continue
+        parts = plan.weights_parts if isinstance(spec, WeightsSpec) else plan.num_splits
+        mods = _mods_of(spec)
+        args = NO_MODS if mods is None else operands.mod_args[mods]
+        yield launch, (_forward_params(problem, plan, operands, parts), args)
 
 
 def _forward_params(problem: Problem, plan: Plan, operands: Operands, num_splits: int) -> np.void:

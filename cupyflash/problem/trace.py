@@ -90,7 +90,7 @@ class TraceError(Unsupported):
         if filename:
             line = linecache.getline(filename, lineno).strip()
             message += f"\n  {filename}:{lineno}" + (f"\n    {line}" if line else "")
-        super().__init__(message)
+        super().__init__(message, {"cuda": (message,), "emulator": (message,)})
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,8 +68,8 @@ def run(
         )
     out[...] = lse[...] = np.nan
     counters = []
-    for launch, params in launches(problem, plan, operands):
+    for launch, args in launches(problem, plan, operands):
         compiled = kernel if kernel is not None and isinstance(launch.spec, FwdSpec) else module(launch.spec)
         function = compiled.get_function(entry_of(launch.spec))
-        counters.append(function(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes, options=options))
+        counters.append(function(launch.grid, launch.block, args, shared_mem=launch.shared_bytes, options=options))
     return out, lse, counters[0]

@@ -118,8 +118,8 @@ def merge_problem(dtype, num_parts, shape):
     def run(module: Module, options: Options) -> bytes:
         kernel = module.get_function("flash_merge")
 
-        def launch_it(launch: Launch, params: np.void) -> None:
-            kernel(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes, options=options)
+        def launch_it(launch: Launch, args: tuple[np.void, ...]) -> None:
+            kernel(launch.grid, launch.block, args, shared_mem=launch.shared_bytes, options=options)
 
         joined = merge_parts(parts, lambda array: array.ctypes.data, launch_it)
         return b"".join(array.tobytes() for array in joined)

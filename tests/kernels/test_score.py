@@ -77,7 +77,7 @@ PROBLEMS = (everything, with_infinities, with_infinite_scores_capped, with_seed_
 
 WRONG = [
     ("const bool exists = key < params.seqlen_k;", "const bool exists = true;"),
-    ("query = at_most(query, params.seqlen_q - 1);", ""),
+    ("at_most(row_query, params.seqlen_q - 1)", "row_query"),
     ("removed = removed || score == minus_infinity || bias == minus_infinity;", ""),
     ("score += bias;", ""),
     ("params.scores.softcap != 0.0 &&", ""),
@@ -89,7 +89,7 @@ WRONG = [
     ("batch % params.batch_shape[axis] * mask.batch_strides[axis]", "0"),
     ("head * mask.head_stride", "0"),
     ("row * mask.row_stride", "0"),
-    ("work.row_begin / Config::kBlockM)", "0)"),
+    ("work.row_begin / Config::kBlockM;", "0;"),
     ("of(tile) == 0", "of(tile) != 2"),
     ("if (scores.sinks != nullptr)", "if (false)"),
     ("end.factor *= static_cast<Real>(scores.dropout_scale);", ""),
@@ -124,10 +124,10 @@ def problem_of(make: Callable[[str], dict[str, Any]], dtype: str) -> tuple[FwdSp
     def run(kernel: Module) -> bytes:
         operands = prepare(problem, plan, buffers, lambda array: array.ctypes.data)
         buffers.out[...] = buffers.lse[...] = np.nan
-        for launch, params in launches(problem, plan, operands):
+        for launch, args in launches(problem, plan, operands):
             compiled = kernel if isinstance(launch.spec, FwdSpec) else simt.module(launch.spec)
             function = compiled.get_function(entry_of(launch.spec))
-            function(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes)
+            function(launch.grid, launch.block, args, shared_mem=launch.shared_bytes)
         return buffers.out.tobytes() + buffers.lse.tobytes()
 
     (spec,) = [launch.spec for launch in plan.launches if isinstance(launch.spec, FwdSpec)]

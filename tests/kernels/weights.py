@@ -49,14 +49,14 @@ def run(
     weights = guarded_array(buffers.weights.shape, buffers.weights.dtype, "weights")
     weights[...] = np.nan
     operands = prepare(problem, plan, buffers._replace(weights=weights), lambda array: array.ctypes.data)
-    for launch, params in launches(problem, plan, operands):
+    for launch, args in launches(problem, plan, operands):
         is_weights = isinstance(launch.spec, WeightsSpec)
         compiled = kernel if kernel is not None and is_weights else module(launch.spec)
         function = compiled.get_function(entry_of(launch.spec))
         counters = function(
             launch.grid,
             launch.block,
-            (params,),
+            args,
             shared_mem=launch.shared_bytes,
             options=options if is_weights else None,
         )

@@ -31,7 +31,7 @@ def params_of(query: np.ndarray, key: np.ndarray, value: np.ndarray, **arguments
     problem, buffers = normalize(query, key, value, **arguments)
     plan = choose(problem, EMULATOR)
     operands = prepare(problem, plan, buffers, address)
-    ((_, params),) = launches(problem, plan, operands)
+    ((_, (params, _)),) = launches(problem, plan, operands)
     return params
 
 

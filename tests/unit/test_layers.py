@@ -44,6 +44,7 @@ ORDER = [
     "build.cache",
     "build.host",
     "build.nvrtc",
+    "build.modding",
     "build.launch",
     "build.debug",
     "build.merging",
