@@ -15,7 +15,7 @@ from .problem.normalize import normalize
 from .problem.problem import Buffers, Problem
 
 if TYPE_CHECKING:  # what knows of kernels takes long to import: `explain` does so when it is called
-    from .build.launch import Copy
+    from .build.operands import Copy
     from .plan.choose import Candidate
     from .plan.device import DeviceSpec
     from .plan.specs import Plan
@@ -154,8 +154,8 @@ def _device_of(backend: str, problem: Problem, buffers: Buffers) -> DeviceSpec |
 
 
 def _explain_kernels(problem: Problem, buffers: Buffers, backend: str, device: DeviceSpec) -> Explanation:
-    from .build.launch import batch_refusals, copies_of
     from .build.modding import trace_mods
+    from .build.operands import batch_refusals, copies_of
     from .plan.choose import candidates, choose, refusals, selector_of
     from .problem.trace import TraceError
 

@@ -20,9 +20,11 @@ import numpy as np
 
 from ..build.debug import show_launch
 from ..build.host import find_compiler
-from ..build.launch import entry_of, launches, prepare, render_kernel
+from ..build.launch import launches
 from ..build.merging import merge_parts, merge_refusals
 from ..build.modding import trace_mods
+from ..build.operands import prepare
+from ..build.rendering import entry_of, render_kernel
 from ..errors import Unsupported
 from ..plan.choose import choose, refusals
 from ..plan.device import DEVICES, EMULATOR, DeviceSpec

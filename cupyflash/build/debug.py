@@ -19,8 +19,8 @@ import numpy as np
 from ..errors import Unsupported
 from ..plan.specs import KernelSpec, Launch
 from .cache import default_cache, digest
-from .launch import entry_of, render_kernel
 from .nvrtc import compile_cubin
+from .rendering import entry_of, render_kernel
 
 __all__ = ["debug_level", "show_launch"]
 
@@ -53,8 +53,8 @@ def show_launch(launch: Launch, args: tuple[np.void, ...], arch: str) -> None:
 def _lines(launch: Launch, args: tuple[np.void, ...], arch: str, level: int) -> Iterator[str]:
     yield str(launch)
     if level >= 2:
-        for params, name in [(params, name) for params in args for name in params.dtype.names or ()]:
-            yield f"  {name} = {params[name].tolist()}"
+        for params in args:
+            yield from (f"  {name} = {params[name].tolist()}" for name in params.dtype.names or ())
     if level >= 3:
         yield f"  source: {_source_path(launch.spec)}"
     if level >= 4:

@@ -1,7 +1,7 @@
 """The score_mod and mask_mod of one call: traced, as parameters of its kernels, and summarised by tiles.
 
-    buffers ──trace_mods()──▶ CallMods ──structure──▶ Mods, which the plan chooses kernels by
-                                 └──────pack()──────▶ the bytes of a kernel's second parameter
+buffers ──trace_mods()──▶ CallMods ──structure──▶ Mods, which the plan chooses kernels by
+                             └──────pack()──────▶ the bytes of a kernel's second parameter
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class CallMods(NamedTuple):
     @property
     def structure(self) -> Mods:
         """What is compiled."""
-        return Mods(self.score and self.score.expression, self.mask and self.mask.expression)
+        score, mask = (None if trace is None else trace.expression for trace in self)
+        return Mods(score, mask)
 
     def pack(self, mods: Mods, problem: Problem, buffers: Buffers, address: Callable[[Any], int]) -> PackedMods:
         """The second parameter of a kernel that has one of the two functions, or both."""

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from cupyflash.build.cache import Cache
-from cupyflash.build.launch import render_kernel
 from cupyflash.build.nvrtc import compile_cubin
+from cupyflash.build.rendering import render_kernel
 from cupyflash.errors import KernelCompileError
 from tests.compile.checks import faults
 from tests.compile.selection import Pair

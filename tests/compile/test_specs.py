@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cupyflash.build.launch import _constants, entry_of
 from cupyflash.build.nvrtc import Binary, Resources
+from cupyflash.build.rendering import _constants, entry_of
 from cupyflash.plan.choose import every_spec
 from cupyflash.plan.specs import COMPANIONS, FwdSpec
 from cupyflash.plan.tiles import FAMILIES

@@ -10,8 +10,8 @@ import numpy as np
 
 from cupyflash.backends.emulator import Counters, Module, Options, guarded_array
 from cupyflash.build.functor import NO_MODS
-from cupyflash.build.launch import render_kernel
 from cupyflash.build.params import FWD_PARAMS
+from cupyflash.build.rendering import render_kernel
 from cupyflash.build.source import KernelSource
 from cupyflash.merge import merge_attention
 from cupyflash.plan.specs import Features, FwdSpec

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from cupyflash.backends.emulator import Counters, Module, Options, guarded_array, guarded_copy
-from cupyflash.build.launch import entry_of, launches, prepare, render_kernel
+from cupyflash.build.launch import launches
+from cupyflash.build.operands import prepare
+from cupyflash.build.rendering import entry_of, render_kernel
 from cupyflash.plan.choose import choose
 from cupyflash.plan.device import DEVICES
 from cupyflash.plan.specs import CombineSpec, FwdSpec, KernelSpec, Launch, Plan

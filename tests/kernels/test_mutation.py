@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from cupyflash.backends.emulator import EmulatorError, Module, Options
-from cupyflash.build.launch import render_kernel, summarize_mask
+from cupyflash.build.mask_summary import summarize_mask
 from cupyflash.build.merging import merge_parts
+from cupyflash.build.rendering import render_kernel
 from cupyflash.build.source import KernelSource, kernels_folder, read_kernel
 from cupyflash.plan.specs import CombineSpec, Launch, MaskSummarySpec, MergeSpec
 from cupyflash.problem.parts import check_parts

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from cupyflash.backends.emulator import EmulatorError, Module, guarded_copy
-from cupyflash.build.launch import entry_of, launches, prepare, render_kernel
+from cupyflash.build.launch import launches
+from cupyflash.build.operands import prepare
+from cupyflash.build.rendering import entry_of, render_kernel
 from cupyflash.build.source import KernelSource
 from cupyflash.plan.choose import choose
 from cupyflash.plan.device import EMULATOR

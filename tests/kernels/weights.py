@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from cupyflash.backends.emulator import Counters, Module, Options, guarded_array, guarded_copy
-from cupyflash.build.launch import entry_of, launches, prepare
+from cupyflash.build.launch import launches
+from cupyflash.build.operands import prepare
+from cupyflash.build.rendering import entry_of
 from cupyflash.plan.choose import choose
 from cupyflash.plan.device import EMULATOR
 from cupyflash.plan.specs import Launch, Plan, WeightsSpec

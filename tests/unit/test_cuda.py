@@ -16,11 +16,11 @@ import pytest
 
 import cupyflash
 from cupyflash.backends import emulated, emulator
-from cupyflash.build import launch as launching
+from cupyflash.build import rendering
 from cupyflash.build.cache import Cache, default_cache
-from cupyflash.build.launch import render_kernel
 from cupyflash.build.nvrtc import compile_cubin
 from cupyflash.build.params import FWD_PARAMS, MERGE_PARAMS
+from cupyflash.build.rendering import render_kernel
 from cupyflash.plan.device import DEVICES, EMULATOR, DeviceSpec
 from cupyflash.plan.specs import FwdSpec, KernelSpec
 from cupyflash.plan.tiles import TileConfig
@@ -75,7 +75,7 @@ def emulated_launch(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
 
     class Recorder:
         def __init__(self, spec: KernelSpec) -> None:
-            self.name = launching.entry_of(spec)
+            self.name = rendering.entry_of(spec)
 
         def __call__(self, grid: Any, block: Any, args: Any, *, shared_mem: int, options: emulator.Options) -> None:
             met.append((self.name, grid, block, args[0], shared_mem))

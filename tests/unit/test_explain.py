@@ -18,7 +18,7 @@ import cupyflash
 from cupyflash import explain
 from cupyflash.backends import cuda
 from cupyflash.backends.emulated import EmulatorBackend
-from cupyflash.build.launch import prepare
+from cupyflash.build.operands import prepare
 from cupyflash.plan.choose import choose
 from cupyflash.plan.device import DEVICES, EMULATOR
 from cupyflash.plan.specs import FwdSpec

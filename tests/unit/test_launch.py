@@ -13,7 +13,8 @@ import pytest
 import cupyflash
 from cupyflash.backends.emulated import options_from
 from cupyflash.backends.emulator import Options
-from cupyflash.build.launch import launches, prepare
+from cupyflash.build.launch import launches
+from cupyflash.build.operands import prepare
 from cupyflash.build.params import COMBINE_PARAMS, FWD_PARAMS, SCORE_PARAMS, pack_combine, pack_forward, pack_scores
 from cupyflash.plan.choose import choose
 from cupyflash.plan.device import EMULATOR
