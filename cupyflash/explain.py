@@ -157,7 +157,6 @@ def _explain_kernels(problem: Problem, buffers: Buffers, backend: str, device: D
     from .build.modding import trace_mods
     from .build.operands import batch_refusals, copies_of
     from .plan.choose import candidates, choose, refusals, selector_of
-    from .problem.trace import TraceError
 
     others = _others(problem, backend)
     reasons = tuple(refusals(problem))
@@ -167,8 +166,6 @@ def _explain_kernels(problem: Problem, buffers: Buffers, backend: str, device: D
             traced = trace_mods(problem, buffers)
             mods = traced and traced.structure
             plan = choose(problem, device, mods)
-        except TraceError as error:
-            reasons = (str(error),)
         except Unsupported as error:
             reasons = error.reasons["cuda"]
         else:

@@ -90,6 +90,7 @@ class TraceError(Unsupported):
         if filename:
             line = linecache.getline(filename, lineno).strip()
             message += f"\n  {filename}:{lineno}" + (f"\n    {line}" if line else "")
+        message += '\nbackend="math" calls the function instead of tracing it'
         super().__init__(message, {"cuda": (message,), "emulator": (message,)})
 
 
