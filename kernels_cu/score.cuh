@@ -37,8 +37,8 @@ template <class Config>
 struct ScoreFeatures {
   static constexpr bool kHasFloatMask = MaskTraits<typename Config::FloatMask>::kExists;
   // The scores are more than scale q k and the band.
-  static constexpr bool kAny = kHasFloatMask || Config::kHasBoolMask || Config::kChangesScores ||
-                               !ScoreMod::kIdentity || !MaskMod::kIdentity;
+  static constexpr bool kAny =
+      kHasFloatMask || Config::kHasBoolMask || Config::kChangesScores || !ScoreMod::kIdentity || !MaskMod::kIdentity;
 };
 
 // The first element of a query's row of an array over scores.
@@ -113,7 +113,6 @@ struct ScoreRow {
   int batch;
   int head;
   int query;
-  bool is_whole;
   const typename FloatMask::Storage* float_mask;
   const u8* bool_mask;  // null: every key of the tile takes part
   Real slope;
@@ -123,12 +122,7 @@ struct ScoreRow {
   // bool mask nor mask_mod removes any of the keys that will be asked for.
   __device__ __forceinline__ ScoreRow(const FwdParams& params, const ModArgs& mods, int batch, int head, int row_query,
                                       bool is_whole)
-      : params(params),
-        mods(mods),
-        batch(batch),
-        head(head),
-        query(at_most(row_query, params.seqlen_q - 1)),
-        is_whole(is_whole) {
+      : params(params), mods(mods), batch(batch), head(head), query(at_most(row_query, params.seqlen_q - 1)) {
     const ScoreParams& scores = params.scores;
     if constexpr (ScoreFeatures<Config>::kHasFloatMask) {
       float_mask = row_of_mask<typename FloatMask::Storage>(params, scores.float_mask, batch, head, query);
@@ -160,7 +154,11 @@ struct ScoreRow {
     return score;
   }
 
-  // From scale q k to what the softmax is taken of.
+  // Whether mask_mod keeps a key; to be asked where the row is not whole.
+  __device__ __forceinline__ bool keeps(int key) const { return MaskMod::apply(Coord{batch, head, query, key}, mods); }
+
+  // From scale q k to what the softmax is taken of, but for mask_mod: that has a loop of its own, so that what it reads
+  // for the row is read once.
   __device__ __forceinline__ Real operator()(Real score, int key) const {
     const ScoreParams& scores = params.scores;
     const Real minus_infinity = negative_infinity();
@@ -185,9 +183,6 @@ struct ScoreRow {
     if constexpr (Config::kHasBoolMask) {
       if (exists && bool_mask != nullptr)
         removed = removed || isa::ldg_1(bool_mask + key * scores.bool_mask.column_stride) == 0;
-    }
-    if constexpr (!MaskMod::kIdentity) {
-      if (!is_whole) removed = removed || !MaskMod::apply(Coord{batch, head, query, key}, mods);
     }
     return removed ? minus_infinity : score;
   }
@@ -233,6 +228,17 @@ __device__ __forceinline__ void change_scores(float (&s_frag)[Config::kBlockN / 
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
         s_frag[n][i] = scores(s_frag[n][i], first_key + 8 * n + acc_column(lane, i));
+      }
+    }
+    if constexpr (!MaskMod::kIdentity) {
+      if (!is_whole) {
+#pragma unroll
+        for (int n = 0; n < Config::kBlockN / 8; ++n) {
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            if (!scores.keeps(first_key + 8 * n + acc_column(lane, i))) s_frag[n][i] = negative_infinity();
+          }
+        }
       }
     }
   }

@@ -182,6 +182,14 @@ struct ScoreTile {
                                     is_whole);
 #pragma unroll
       for (int c = 0; c < Simt::kColumns; ++c) s_frag[r][c] = scores(s_frag[r][c], first_key + lane_x + 16 * c);
+      if constexpr (!MaskMod::kIdentity) {
+        if (!is_whole) {
+#pragma unroll
+          for (int c = 0; c < Simt::kColumns; ++c) {
+            if (!scores.keeps(first_key + lane_x + 16 * c)) s_frag[r][c] = negative_infinity();
+          }
+        }
+      }
     }
   }
 
