@@ -78,16 +78,18 @@ def table() -> str:
         counts += [
             sum(ours.opcodes.get(op, 0) - plain.opcodes.get(op, 0) for op in opcodes) for opcodes in COLUMNS.values()
         ]
-        return f"| `{name}` | {' | '.join(f'{n / scores:.1f}' for n in counts)} | {ours.registers - plain.registers:+d} |"
+        cells = [f"`{name}`", *(f"{n / scores:.1f}" for n in counts), f"{ours.registers - plain.registers:+d}"]
+        return f"| {' | '.join(cells)} |"
 
+    nvrtc = ".".join(map(str, nvrtc_version()))
     lines = [
         f"| function | instructions | {' | '.join(COLUMNS)} | registers of a thread |",
         "| --- |" + " ---: |" * (len(COLUMNS) + 2),
         *(row(name, Mods(trace_score_mod(function).expression, None)) for name, function in SCORE_MODS.items()),
         *(row(name, Mods(None, trace_mask_mod(function).expression)) for name, function in MASK_MODS.items()),
         "",
-        f"Counted in `{spec_with(None)}`, which has {plain.instructions} instructions and {plain.registers} registers, "
-        f"for {ARCH} by NVRTC {'.'.join(map(str, nvrtc_version()))}.",
+        f"Counted in `{spec_with(None)}`, which takes {plain.instructions / scores:.0f} instructions for a score "
+        f"without any function, and {plain.registers} registers, for {ARCH} by NVRTC {nvrtc}.",
     ]
     return "\n".join(lines) + "\n"
 

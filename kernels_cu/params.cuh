@@ -39,9 +39,9 @@ struct ModMarks {
 
 // What is done to scores between Q K^T and P V, beyond the band. score.cuh reads it, as far as Config says.
 struct ScoreParams {
-  Mask float_mask;            // of Config::FloatMask, added; -inf removes
-  Mask bool_mask;             // bytes, not 0 where the key takes part
-  Mask summary;               // bytes, one for each tile: see mask_summary.cu; data is null if there is none
+  Mask float_mask;  // of Config::FloatMask, added; -inf removes
+  Mask bool_mask;   // bytes, not 0 where the key takes part
+  Mask summary;     // bytes, one for each tile: see mask_summary.cu; data is null if there is none
   ModMarks mod_marks;
   const float* alibi_slopes;  // [batch_size or 1, num_heads_q]; null: no ALiBi
   const void* sinks;          // [num_heads_q]; null: no sinks

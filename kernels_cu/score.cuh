@@ -163,16 +163,14 @@ struct ScoreRow {
     const ScoreParams& scores = params.scores;
     const Real minus_infinity = negative_infinity();
     const bool exists = key < params.seqlen_k;
+    score = capped(modded(score, key));
+    // Whatever is added to a removal.
     bool removed = false;
-    score = modded(score, key);
-    if constexpr (Config::kChangesScores) {
-      removed = score == minus_infinity;
-      score = capped(score);
-    }
+    if constexpr (Config::kChangesScores || ScoreFeatures<Config>::kHasFloatMask) removed = score == minus_infinity;
     if constexpr (ScoreFeatures<Config>::kHasFloatMask) {
       if (exists) {
         const Real bias = FloatMask::load(float_mask + key * scores.float_mask.column_stride);
-        removed = removed || score == minus_infinity || bias == minus_infinity;
+        removed = removed || bias == minus_infinity;
         score += bias;
       }
     }
