@@ -119,7 +119,7 @@ WRONG = [
 ]
 # Lines for mods: of the kernel that has them.
 WRONG_WITH_MODS = [
-    ("score = modded(score, key);", ""),
+    ("score = capped(modded(score, key));", "score = capped(score);"),
     (
         "Coord{batch, head, query, key}, mods);\n  }\n\n  // softcap",
         "Coord{0, head, query, key}, mods);\n  }\n\n  // softcap",
