@@ -43,6 +43,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # measure the checkout around this file
 
 import cupyflash
+from cupyflash import mods
 from cupyflash.testing import DTYPES, assert_attention_close
 from tests.gpu.device import NO_GPU, Gpu, find_gpu, nvidia_smi
 
@@ -151,6 +152,12 @@ def _per_head(name: str, values: Callable[[int], np.ndarray]) -> Callable[[Case,
     return arguments
 
 
+def _documents_mod(case: Case, b: int, h: int, rows: slice) -> dict[str, Any]:
+    """The mask of `_blocks` as a function."""
+    start = rows.start or 0
+    return {"mask_mod": lambda b, h, q_idx, kv_idx: (q_idx + start) // 512 == kv_idx // 512}
+
+
 #: What is asked of a call beside queries, keys and values, as NumPy arrays: for all of it if b and h are -1, else for
 #: some rows of one head.
 FEATURES: dict[str, Callable[[Case, int, int, slice], dict[str, Any]]] = {
@@ -160,6 +167,8 @@ FEATURES: dict[str, Callable[[Case, int, int, slice], dict[str, Any]]] = {
     "float32 bias": _bias,
     "softcap": lambda case, b, h, rows: {"softcap": 30.0},
     "ALiBi": _per_head("alibi_slopes", lambda heads: 2.0 ** -np.linspace(1, 8, heads)),
+    "softcap as a score_mod": lambda case, b, h, rows: {"score_mod": mods.tanh_softcap(30.0)},
+    "document mask as a mask_mod": _documents_mod,
     "sinks": _per_head("sinks", lambda heads: np.linspace(-1, 1, heads)),
     "dropout": lambda case, b, h, rows: {"dropout_p": 0.1, "seed": 0},
 }

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # measure the chec
 
 from bench_cpu import BUSY_LOAD, RESULTS, describe_machine, format_seconds, git, short_name, summarize
 
-from cupyflash import attention
+from cupyflash import attention, mods
 from cupyflash.backends import emulated
 from cupyflash.plan.device import DEVICES
 
@@ -103,7 +103,7 @@ def install() -> None:
     def empty(shape: tuple[int, ...], dtype: Any) -> Array:
         found = made.get((shape, dtype))
         if found is None:
-            found = made[shape, dtype] = Array(shape, dtype)
+            found = made[shape, dtype] = Array(shape, np.dtype(dtype))
         return found
 
     cupy: Any = types.ModuleType("cupy")
@@ -151,6 +151,14 @@ def same(make: Callable[..., Any]) -> Iterator[dict[str, Any]]:
         yield {**arrays, "is_causal": True}
 
 
+def modded(make: Callable[..., Any]) -> Iterator[dict[str, Any]]:
+    """The same prefill again, with a score_mod and a mask_mod that are new objects of a known structure."""
+    arrays = operands(make, (2, 16, 2048, 128), (2, 16, 2048, 128))
+    slopes = make((16,), np.dtype(np.float32))
+    while True:
+        yield {**arrays, "score_mod": mods.alibi(slopes), "mask_mod": mods.sliding_window(256)}
+
+
 def decode(out: bool = False, **options: Any) -> Callable[[Callable[..., Any]], Iterator[dict[str, Any]]]:
     """One token after another: 32 query heads share 8 key heads, and there is one key more at each call."""
 
@@ -184,6 +192,7 @@ ROWS = (
     Row("decode, S + 1 each call", decode(), 15e-6),
     Row("decode, S + 1 each call, out= and lse", decode(out=True, return_lse=True)),
     Row("prefill, another L each call", prefill),
+    Row("prefill with a score_mod and a mask_mod", modded),
     Row("emulator's path: same call again", same, emulated=True),
     Row("emulator's path: decode, S + 1 each call", decode(), emulated=True),
 )

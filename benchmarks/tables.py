@@ -152,7 +152,7 @@ def refusal_table() -> str:
 
     import numpy as np
 
-    from cupyflash.build.launch import batch_refusals
+    from cupyflash.build.operands import batch_refusals
     from cupyflash.plan.choose import refusals
     from cupyflash.problem.normalize import normalize
 

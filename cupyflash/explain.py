@@ -16,7 +16,7 @@ from .problem.normalize import normalize
 from .problem.problem import Buffers, Problem
 
 if TYPE_CHECKING:  # what knows of kernels takes long to import: `explain` does so when it is called
-    from .build.launch import Copy
+    from .build.operands import Copy
     from .plan.choose import Candidate
     from .plan.device import DeviceSpec
     from .plan.specs import Plan
@@ -157,22 +157,25 @@ def _device_of(backend: str, problem: Problem, buffers: Buffers) -> DeviceSpec |
 
 
 def _explain_kernels(problem: Problem, buffers: Buffers, backend: str, device: DeviceSpec) -> Explanation:
-    from .build.launch import batch_refusals, copies_of
+    from .build.modding import trace_mods
+    from .build.operands import batch_refusals, copies_of
     from .plan.choose import candidates, choose, refusals, selector_of
 
     others = _others(problem, backend)
     reasons = tuple(refusals(problem))
-    plan = None
+    plan, mods = None, None
     if not reasons:
         try:
-            plan = choose(problem, device)
+            traced = trace_mods(problem, buffers)
+            mods = traced and traced.structure
+            plan = choose(problem, device, mods)
         except Unsupported as error:
             reasons = error.reasons["cuda"]
         else:
             reasons = tuple(batch_refusals(problem, buffers))
     if plan is not None and not plan.launches:
         return Explanation(problem, backend, device, plan, others=others)
-    found = tuple(candidates(selector_of(problem, device), device))
+    found = tuple(candidates(selector_of(problem, device, mods), device))
     if plan is None or reasons:
         return Explanation(problem, backend, device, None, (), found, reasons, others)
     return Explanation(problem, backend, device, plan, tuple(copies_of(plan, buffers, _address)), found, (), others)

@@ -88,8 +88,10 @@ def distance_decay(decay: Any) -> ScoreMod:
         (Hq,) array of factors above 0, at most 1.
     """
 
+    rate = np.log(decay)  # once for each head, rather than for each score
+
     def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return score + np.log(decay[h]) * abs(q_idx - kv_idx)
+        return score + rate[h] * abs(q_idx - kv_idx)
 
     return score_mod
 

@@ -56,9 +56,13 @@ EXAMPLES = (
         'explain(query, key, value, enable_gqa=True, device="T4")',
     ),
     (
-        "What no kernel has",
+        "A score function, fused into the kernel",
         "def nearer(score, batch, head, i, j):\n    return score - abs(i - j)\n\n\n"
         'explain(query, key, value, enable_gqa=True, score_mod=nearer, device="H200")',
+    ),
+    (
+        "What no kernel has",
+        'wide = np.zeros((1, 8, 2048, 320), np.float16)\nexplain(wide, wide, wide, device="H200")',
     ),
     ("NumPy arrays without a device", "explain(query, key, value, enable_gqa=True)"),
 )

@@ -34,7 +34,7 @@
 // Rows need only an element's own alignment, so elements are read one by one, neighbours by neighbouring threads.
 // Scores are always scaled before the softmax: beside the products that costs nothing, and any scale is right.
 //
-// Not supported: head dims of values beyond kHeadDimV; score_mod and mask_mod.
+// Not supported: head dims of values beyond kHeadDimV.
 #include "isa.cuh"
 #include "simt.cuh"
 
@@ -71,8 +71,8 @@ struct Forward : ScoreTile<Config> {
   Accumulator o_frag[Traits::kRows][Traits::kOutColumns];
   SimtSoftmax<Config> softmax;
 
-  __device__ __forceinline__ Forward(const FwdParams& params, const FwdWork& work)
-      : ScoreTile<Config>(params, work),
+  __device__ __forceinline__ Forward(const FwdParams& params, const ModArgs& mods, const FwdWork& work)
+      : ScoreTile<Config>(params, mods, work),
         v(head_rows<Traits::Storage>(params, params.v, work.batch, work.head / params.group_size_v)) {
 #pragma unroll
     for (int r = 0; r < Traits::kRows; ++r) {
@@ -193,9 +193,9 @@ struct Forward : ScoreTile<Config> {
 };
 
 extern "C" __global__ void __launch_bounds__(Traits::kNumThreads, 1)
-    flash_fwd_simt(const __grid_constant__ FwdParams params) {
+    flash_fwd_simt(const __grid_constant__ FwdParams params, const __grid_constant__ ModArgs mods) {
   const FwdWork work = FwdWork::of_block<Config>(params);
-  Forward forward(params, work);
+  Forward forward(params, mods, work);
   const KeyTiles tiles = key_tiles<Config>(params, work);
   const TileMarks<Config> marks(params, work);
   for (int tile = marks.last_live(tiles.end - 1, tiles.begin); tile >= tiles.begin;

@@ -41,7 +41,7 @@
 //
 // sm_75 has no cp.async: its copies are done when load_tile returns, and the sync_threads remain.
 //
-// Not supported: rows that do not start at multiples of 16 bytes; score_mod and mask_mod.
+// Not supported: rows that do not start at multiples of 16 bytes.
 #include "isa.cuh"
 #include "epilogue.cuh"
 #include "gemm.cuh"
@@ -84,6 +84,7 @@ static_assert(SharedStorage::kBytes == Config::kSharedBytes, "the launch asks fo
 
 struct Forward {
   const FwdParams& params;
+  const ModArgs& mods;
   const FwdWork& work;
   int row_begin;  // the first of the block's rows
   int warp_row;   // the first of the warp's rows, in the tile
@@ -95,8 +96,9 @@ struct Forward {
   float o_frag[Traits::kOutTiles][4];
   RowState state;
 
-  __device__ __forceinline__ Forward(const FwdParams& params, const FwdWork& work)
+  __device__ __forceinline__ Forward(const FwdParams& params, const ModArgs& mods, const FwdWork& work)
       : params(params),
+        mods(mods),
         work(work),
         row_begin(work.row_begin),
         warp_row(16 * isa::warp_index()),
@@ -140,7 +142,7 @@ struct Forward {
   }
 
   // One tile of keys, and the copy of the one after it, if there is one. `step` counts from 0 and chooses K's buffer;
-  // is_full: all keys take part for all rows, but for the bool mask; is_whole: that removes none of them.
+  // is_full: all keys take part for all rows, but for the bool mask and mask_mod; is_whole: those remove none of them.
   __device__ __forceinline__ void kv_step(int tile, int step, bool is_full, bool is_whole, bool has_next, int next) {
     if constexpr (Traits::kAsync) isa::cp_async_wait<0>();
     isa::sync_threads();  // K(tile) has arrived; K and V of the last step, and Q, have been read
@@ -160,7 +162,7 @@ struct Forward {
       // Warps without rows have nothing to look up; and a branch keeps the loads, many registers, from being moved up
       // among the products.
       if (row < FwdWork::num_rows<Config>(params)) {
-        change_scores<Config>(s_frag, params, work, row, first_key, is_whole);
+        change_scores<Config>(s_frag, params, mods, work, row, first_key, is_whole);
       }
     }
     if (!is_full) mask_scores<Config>(s_frag, params, row, first_key);
@@ -190,9 +192,9 @@ struct Forward {
 };
 
 extern "C" __global__ void __launch_bounds__(Traits::kNumThreads, 1)
-    flash_fwd_sm80(const __grid_constant__ FwdParams params) {
+    flash_fwd_sm80(const __grid_constant__ FwdParams params, const __grid_constant__ ModArgs mods) {
   const FwdWork work = FwdWork::of_block<Config>(params);
-  Forward forward(params, work);
+  Forward forward(params, mods, work);
   const KeyTiles tiles = key_tiles<Config>(params, work);
   const TileMarks<Config> marks(params, work);
   int tile = marks.last_live(tiles.end - 1, tiles.begin);

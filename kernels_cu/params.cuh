@@ -27,11 +27,22 @@ struct Mask {
   long long column_stride;
 };
 
+// What is known of mask_mod, tile by tile: see mod_summary.cu. A row has a byte for each tile of keys.
+struct ModMarks {
+  const unsigned char* data;  // null: nothing is known
+  // Bytes between entries of the batch, heads or groups of heads that share tiles, and tiles of rows; 0 where mask_mod
+  // does not depend on them.
+  long long batch_stride;
+  long long group_stride;
+  long long row_stride;
+};
+
 // What is done to scores between Q K^T and P V, beyond the band. score.cuh reads it, as far as Config says.
 struct ScoreParams {
-  Mask float_mask;            // of Config::FloatMask, added; -inf removes
-  Mask bool_mask;             // bytes, not 0 where the key takes part
-  Mask summary;               // bytes, one for each tile: see mask_summary.cu; data is null if there is none
+  Mask float_mask;  // of Config::FloatMask, added; -inf removes
+  Mask bool_mask;   // bytes, not 0 where the key takes part
+  Mask summary;     // bytes, one for each tile: see mask_summary.cu; data is null if there is none
+  ModMarks mod_marks;
   const float* alibi_slopes;  // [batch_size or 1, num_heads_q]; null: no ALiBi
   const void* sinks;          // [num_heads_q]; null: no sinks
   const u64* seed_data;       // where the seed is read when the kernel runs; null: it is `seed`
@@ -103,6 +114,18 @@ struct SummaryParams {
   int block_rows;
   int block_columns;
   int has_words;  // every fourth column of every row starts an aligned word, and columns are neighbours
+};
+
+// Tells for each tile of a forward kernel whether mask_mod keeps none, some or all of its keys: see mod_summary.cu.
+struct ModSummaryParams {
+  void* summary;        // bytes [batch entries, groups of heads, tiles of rows, tiles of keys], contiguous
+  long long num_tiles;  // all of them
+  int num_groups;
+  int pack;      // row r of a tile is query r / pack of head r % pack of the group
+  int num_rows;  // of a group
+  int num_keys;
+  int block_rows;
+  int block_keys;
 };
 
 // How many parts one launch joins, and the axes of their rows: those of the batch, heads, queries.

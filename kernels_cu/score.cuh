@@ -13,10 +13,13 @@
 //     kHasBoolMask
 //     kChangesScores      softcap and ALiBi, which are told apart at run time
 //     kDropout
+//
+// ScoreMod, MaskMod and ModArgs stand before this file: see mods.cuh.
 #pragma once
 
 #include "element.cuh"
 #include "mask.cuh"
+#include "mods.cuh"
 #include "philox.cuh"
 #include "sink.cuh"
 
@@ -34,7 +37,8 @@ template <class Config>
 struct ScoreFeatures {
   static constexpr bool kHasFloatMask = MaskTraits<typename Config::FloatMask>::kExists;
   // The scores are more than scale q k and the band.
-  static constexpr bool kAny = kHasFloatMask || Config::kHasBoolMask || Config::kChangesScores;
+  static constexpr bool kAny =
+      kHasFloatMask || Config::kHasBoolMask || Config::kChangesScores || !ScoreMod::kIdentity || !MaskMod::kIdentity;
 };
 
 // The first element of a query's row of an array over scores.
@@ -50,29 +54,48 @@ __device__ __forceinline__ const Storage* row_of_mask(const FwdParams& params, c
   return static_cast<const Storage*>(mask.data) + offset;
 }
 
-// What is known of the block's tiles of keys from the bool mask's summary: see mask_summary.cu.
+// What is known of the block's tiles of keys from the summaries of the bool mask and of mask_mod: see mask_summary.cu
+// and mod_summary.cu.
 template <class Config>
 struct TileMarks {
   const ScoreParams& scores;
-  const u8* row;
+  // Null: nothing is known.
+  const u8* mask_marks;
+  const u8* mod_marks;
 
   __device__ __forceinline__ TileMarks(const FwdParams& params, const FwdWork& work)
-      : scores(params.scores), row(nullptr) {
+      : scores(params.scores), mask_marks(nullptr), mod_marks(nullptr) {
+    const int tile_row = work.row_begin / Config::kBlockM;
     if constexpr (Config::kHasBoolMask) {
       if (scores.summary.data != nullptr) {
-        row = row_of_mask<u8>(params, scores.summary, work.batch, work.head, work.row_begin / Config::kBlockM);
+        mask_marks = row_of_mask<u8>(params, scores.summary, work.batch, work.head, tile_row);
+      }
+    }
+    if constexpr (!MaskMod::kIdentity) {
+      if (scores.mod_marks.data != nullptr) {
+        const int group = work.head / FwdWork::heads_per_tile<Config>(params);
+        mod_marks = scores.mod_marks.data + work.batch * scores.mod_marks.batch_stride +
+                    group * scores.mod_marks.group_stride + tile_row * scores.mod_marks.row_stride;
       }
     }
   }
 
   // 0: no key takes part for any row; 2: all do for all; 1: anything else.
   __device__ __forceinline__ u32 of(int tile) const {
-    return row == nullptr ? 1 : isa::ldg_1(row + tile * scores.summary.column_stride);
+    u32 mark = 2;
+    if constexpr (Config::kHasBoolMask) {
+      mark = mask_marks == nullptr ? 1 : isa::ldg_1(mask_marks + tile * scores.summary.column_stride);
+    }
+    if constexpr (!MaskMod::kIdentity) {
+      const u32 mod_mark = mod_marks == nullptr ? 1 : isa::ldg_1(mod_marks + tile);
+      mark = mod_mark < mark ? mod_mark : mark;
+    }
+    return mark;
   }
 
   // The last tile up to `tile` that any key of takes part; begin - 1 if there is none.
   __device__ __forceinline__ int last_live(int tile, int begin) const {
-    if constexpr (Config::kHasBoolMask) {
+    if constexpr (Config::kHasBoolMask || !MaskMod::kIdentity) {
       while (tile >= begin && of(tile) == 0) --tile;
     }
     return tile;
@@ -86,17 +109,21 @@ struct ScoreRow {
   using Real = typename ElementTraits<typename Config::Element>::Accumulator;
 
   const FwdParams& params;
+  const ModArgs& mods;
+  int batch;
+  int head;
+  int query;
   const typename FloatMask::Storage* float_mask;
   const u8* bool_mask;  // null: every key of the tile takes part
   Real slope;
   int position;  // of the query on the axis of keys
 
-  // Rows beyond the last query are treated as the last: they may be read, and are not written. is_whole: the bool
-  // mask removes none of the keys that will be asked for.
-  __device__ __forceinline__ ScoreRow(const FwdParams& params, int batch, int head, int query, bool is_whole)
-      : params(params) {
+  // Rows beyond the last query are treated as the last: they may be read, and are not written. is_whole: neither the
+  // bool mask nor mask_mod removes any of the keys that will be asked for.
+  __device__ __forceinline__ ScoreRow(const FwdParams& params, const ModArgs& mods, int batch, int head, int row_query,
+                                      bool is_whole)
+      : params(params), mods(mods), batch(batch), head(head), query(at_most(row_query, params.seqlen_q - 1)) {
     const ScoreParams& scores = params.scores;
-    query = at_most(query, params.seqlen_q - 1);
     if constexpr (ScoreFeatures<Config>::kHasFloatMask) {
       float_mask = row_of_mask<typename FloatMask::Storage>(params, scores.float_mask, batch, head, query);
     }
@@ -112,6 +139,10 @@ struct ScoreRow {
     }
   }
 
+  __device__ __forceinline__ Real modded(Real score, int key) const {
+    return ScoreMod::apply(score, Coord{batch, head, query, key}, mods);
+  }
+
   // softcap tanh(s / softcap), in which a removal stays one.
   __device__ __forceinline__ Real capped(Real score) const {
     if constexpr (Config::kChangesScores) {
@@ -123,20 +154,23 @@ struct ScoreRow {
     return score;
   }
 
-  // From q k to what the softmax is taken of.
+  // Whether mask_mod keeps a key; to be asked where the row is not whole.
+  __device__ __forceinline__ bool keeps(int key) const { return MaskMod::apply(Coord{batch, head, query, key}, mods); }
+
+  // From scale q k to what the softmax is taken of, but for mask_mod: that has a loop of its own, so that what it reads
+  // for the row is read once.
   __device__ __forceinline__ Real operator()(Real score, int key) const {
     const ScoreParams& scores = params.scores;
     const Real minus_infinity = negative_infinity();
     const bool exists = key < params.seqlen_k;
+    score = capped(modded(score, key));
+    // Whatever is added to a removal.
     bool removed = false;
-    if constexpr (Config::kChangesScores) {
-      removed = score == minus_infinity;
-      score = capped(score);
-    }
+    if constexpr (Config::kChangesScores || ScoreFeatures<Config>::kHasFloatMask) removed = score == minus_infinity;
     if constexpr (ScoreFeatures<Config>::kHasFloatMask) {
       if (exists) {
         const Real bias = FloatMask::load(float_mask + key * scores.float_mask.column_stride);
-        removed = removed || score == minus_infinity || bias == minus_infinity;
+        removed = removed || bias == minus_infinity;
         score += bias;
       }
     }
@@ -179,18 +213,30 @@ __device__ __forceinline__ u64 dropout_seed(const ScoreParams& scores) {
 // From scale q k to what the softmax is taken of, but for the band.
 template <class Config>
 __device__ __forceinline__ void change_scores(float (&s_frag)[Config::kBlockN / 8][4], const FwdParams& params,
-                                              const FwdWork& work, int row_begin, int first_key, bool is_whole) {
+                                              const ModArgs& mods, const FwdWork& work, int row_begin, int first_key,
+                                              bool is_whole) {
   const int lane = isa::lane_index();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = row_begin + acc_row(lane, 2 * half);
     const int head = work.head_of<Config>(params, row);
-    const ScoreRow<Config> scores(params, work.batch, head, FwdWork::query_of<Config>(params, row), is_whole);
+    const ScoreRow<Config> scores(params, mods, work.batch, head, FwdWork::query_of<Config>(params, row), is_whole);
 #pragma unroll
     for (int n = 0; n < Config::kBlockN / 8; ++n) {
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
         s_frag[n][i] = scores(s_frag[n][i], first_key + 8 * n + acc_column(lane, i));
+      }
+    }
+    if constexpr (!MaskMod::kIdentity) {
+      if (!is_whole) {
+#pragma unroll
+        for (int n = 0; n < Config::kBlockN / 8; ++n) {
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            if (!scores.keeps(first_key + 8 * n + acc_column(lane, i))) s_frag[n][i] = negative_infinity();
+          }
+        }
       }
     }
   }

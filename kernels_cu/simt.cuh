@@ -106,6 +106,7 @@ struct ScoreTile {
   using Storage = typename Simt::Storage;
 
   const FwdParams& params;
+  const ModArgs& mods;
   const FwdWork& work;
   int row_begin;  // the first of the thread's rows, in the tile
   int lane_x;     // which of the 16 threads of a row this is
@@ -114,8 +115,9 @@ struct ScoreTile {
 
   Accumulator s_frag[Simt::kRows][Simt::kColumns];
 
-  __device__ __forceinline__ ScoreTile(const FwdParams& params, const FwdWork& work)
+  __device__ __forceinline__ ScoreTile(const FwdParams& params, const ModArgs& mods, const FwdWork& work)
       : params(params),
+        mods(mods),
         work(work),
         row_begin(isa::thread_index() / 16 * Simt::kRows),
         lane_x(isa::thread_index() % 16),
@@ -176,10 +178,18 @@ struct ScoreTile {
     for (int r = 0; r < Simt::kRows; ++r) {
       const int row = work.row_begin + row_begin + r;
       const int head = work.template head_of<Config>(params, row);
-      const ScoreRow<Config> scores(params, work.batch, head, FwdWork::template query_of<Config>(params, row),
+      const ScoreRow<Config> scores(params, mods, work.batch, head, FwdWork::template query_of<Config>(params, row),
                                     is_whole);
 #pragma unroll
       for (int c = 0; c < Simt::kColumns; ++c) s_frag[r][c] = scores(s_frag[r][c], first_key + lane_x + 16 * c);
+      if constexpr (!MaskMod::kIdentity) {
+        if (!is_whole) {
+#pragma unroll
+          for (int c = 0; c < Simt::kColumns; ++c) {
+            if (!scores.keeps(first_key + lane_x + 16 * c)) s_frag[r][c] = negative_infinity();
+          }
+        }
+      }
     }
   }
 

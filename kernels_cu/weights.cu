@@ -1,8 +1,9 @@
 // The scores of attention at one stage, or its weights: the L x S matrix that the other kernels never make.
 //
 //     raw      S = scale Q K^T
+//     modded   score_mod(S)
 //     capped   softcap tanh(S / softcap)
-//     biased   + float mask, ALiBi; -inf where a mask or the band removes the key
+//     biased   + float mask, ALiBi; -inf where a mask, mask_mod or the band removes the key
 //     softmax  P = exp(S - lse), with the lse of a forward pass that ran before: the sinks are in it
 //     dropout  the same, with dropped weights 0 and the others times 1 / (1 - p), if Config::kDropout
 //
@@ -30,16 +31,15 @@
 //     Q, K panels were read   copying the next       sync_threads  overwriting them
 //
 // A tile that the band removes whole is written without being computed. A row without keys has lse -inf and weights 0.
-//
-// Not supported: score_mod and mask_mod.
 #include "isa.cuh"
 #include "simt.cuh"
 
 // Config::kStage; weights are those of "softmax" and "dropout".
 constexpr int kRaw = 0;
-constexpr int kCapped = 1;
-constexpr int kBiased = 2;
-constexpr int kWeights = 3;
+constexpr int kModded = 1;
+constexpr int kCapped = 2;
+constexpr int kBiased = 3;
+constexpr int kWeights = 4;
 
 struct Traits : SimtTraits<Config> {
   static constexpr bool kIsBiased = Config::kStage >= kBiased;
@@ -62,24 +62,27 @@ struct Weights : ScoreTile<Config> {
   Accumulator factor[Traits::kRows];
   SimtSoftmax<Config> softmax;  // of the walk
 
-  __device__ __forceinline__ Weights(const FwdParams& params, const FwdWork& work)
-      : ScoreTile<Config>(params, work), live(key_tiles<Config>(params, work)) {}
+  __device__ __forceinline__ Weights(const FwdParams& params, const ModArgs& mods, const FwdWork& work)
+      : ScoreTile<Config>(params, mods, work), live(key_tiles<Config>(params, work)) {}
 
   // S of a tile of keys, as far as the stage goes.
   __device__ __forceinline__ void compute_tile(int tile) {
     const int first_key = tile * Config::kBlockN;
     compute_scores(first_key);
-    if constexpr (Config::kStage == kCapped) cap_scores();
+    if constexpr (Config::kStage == kModded || Config::kStage == kCapped) cap_scores(first_key);
     if constexpr (Traits::kIsBiased && ScoreFeatures<Config>::kAny) change_scores(first_key, false);
     if constexpr (Traits::kIsBiased) mask_scores(first_key);
   }
 
-  __device__ __forceinline__ void cap_scores() {
-    const ScoreRow<Config> row(params, work.batch, work.head, work.row_begin, false);
+  // By score_mod and softcap, as far as there are any.
+  __device__ __forceinline__ void cap_scores(int first_key) {
 #pragma unroll
     for (int r = 0; r < Traits::kRows; ++r) {
+      const ScoreRow<Config> row(params, mods, work.batch, work.head, work.row_begin + row_begin + r, false);
 #pragma unroll
-      for (int c = 0; c < Traits::kColumns; ++c) s_frag[r][c] = row.capped(s_frag[r][c]);
+      for (int c = 0; c < Traits::kColumns; ++c) {
+        s_frag[r][c] = row.capped(row.modded(s_frag[r][c], first_key + lane_x + 16 * c));
+      }
     }
   }
 
@@ -193,7 +196,7 @@ struct Weights : ScoreTile<Config> {
 };
 
 extern "C" __global__ void __launch_bounds__(Traits::kNumThreads, 1)
-    flash_weights(const __grid_constant__ FwdParams params) {
+    flash_weights(const __grid_constant__ FwdParams params, const __grid_constant__ ModArgs mods) {
   // Here num_splits blocks share the keys of a tile of rows: equal parts, the last ones shorter or empty.
   const int block = isa::block_index_x();
   const FwdWork work = FwdWork::of_block<Config>(params, block / params.num_splits);
@@ -201,5 +204,5 @@ extern "C" __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   const int share = (num_tiles + params.num_splits - 1) / params.num_splits;
   const int begin = block % params.num_splits * share;
   const int end = at_most(begin + share, num_tiles);
-  Weights(params, work).run(begin, end);
+  Weights(params, mods, work).run(begin, end);
 }

@@ -39,7 +39,6 @@ BACKENDS: dict[str, Capabilities] = {
 #: Backends that run the GPU kernels. Calls are refused all over the op body; tests/ops/conftest.py lets a refusal pass.
 KERNEL_BACKENDS: dict[str, Capabilities] = {
     "emulator": Capabilities(
-        refuses=frozenset(("score_mod", "mask_mod")),
         max_head_dim=256,
     ),
 }
@@ -644,6 +643,41 @@ KERNELS = (
             ("one-head-for-all", (2, 4), (2, 1), (2, 1)),
             ("no-batch", (0, 2), (0, 2), (0, 2)),
             ("no-heads", (2, 0), (2, 0), (2, 0)),
+        )
+    }
+    | {
+        f"kernel-{dtype}-mods-{what}": Case(
+            query_shape=(2, hq, seqlen_q, 40),
+            key_shape=(2, 2, seqlen_k, 40),
+            value_shape=(2, 2, seqlen_k, 24),
+            enable_gqa=True,
+            dtype=dtype,
+            **arguments,
+        )
+        for dtype in DTYPES
+        for what, hq, seqlen_q, seqlen_k, arguments in (
+            ("over-tiles", 2, 130, 200, {"score_mod": "look_up", "mask_mod": "document"}),
+            # Heads share tiles, and blocks share keys.
+            ("decoding", 6, 2, 700, {"score_mod": "per_head", "mask_mod": "checkers"}),
+            ("removals-capped", 2, 70, 90, {"score_mod": "remove_far", "softcap": 3.0, "return_weights": True}),
+            (
+                "with-all-else",
+                4,
+                70,
+                150,
+                {
+                    "score_mod": "distance",
+                    "mask_mod": "first_keys",
+                    "masks": (MaskSpec("float32", (2, 1, 1, 150)), MaskSpec("bool", (4, 70, 150))),
+                    "window": (100, 30),
+                    "softcap": 3.0,
+                    "alibi_shape": (2, 4),
+                    "sinks": SinkSpec(),
+                    "dropout_p": 0.2,
+                    "seed": 3,
+                    "return_weights": True,
+                },
+            ),
         )
     }
     | {

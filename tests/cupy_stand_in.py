@@ -86,6 +86,7 @@ class Launch:
     grid: tuple[int, ...]
     block: tuple[int, ...]
     params: bytes
+    mods: bytes  # what follows the parameters: for kernels that apply mods
     shared_mem: int
     device: int
     stream: str
@@ -151,10 +152,10 @@ class _Kernel:
     ) -> None:
         assert Device.current in self._shared_limits, "the limit is per device"
         assert shared_mem <= self.max_dynamic_shared_size_bytes
-        (params,) = args
-        assert isinstance(params, np.void)  # a structure by value
+        assert all(isinstance(block, np.void) for block in args)  # structures by value
+        params, mods = args[0].tobytes(), b"".join(block.tobytes() for block in args[1:])
         launch = Launch(
-            self._name, self._cubin, grid, block, params.tobytes(), shared_mem, Device.current, self._gpu.stream
+            self._name, self._cubin, grid, block, params, mods, shared_mem, Device.current, self._gpu.stream
         )
         self._gpu.launches.append(launch)
         if self._gpu.effect is not None:

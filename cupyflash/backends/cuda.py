@@ -19,9 +19,12 @@ import numpy as np
 
 from ..build.cache import default_cache
 from ..build.debug import show_launch
-from ..build.launch import entry_of, launches, prepare, render_kernel
+from ..build.launch import launches
 from ..build.merging import merge_parts, merge_refusals
+from ..build.modding import trace_mods
 from ..build.nvrtc import compile_cubin, nvrtc_version
+from ..build.operands import prepare
+from ..build.rendering import entry_of, render_kernel
 from ..errors import Unsupported
 from ..plan.choose import choose, refusals
 from ..plan.device import DeviceSpec
@@ -47,10 +50,11 @@ class CudaBackend:
         """See `cupyflash.backends.registry.Backend`."""
         cupy, device = problem.namespace, buffers.query.device
         with device:
-            plan = choose(problem, device_spec(cupy, device.id))
-            operands = prepare(problem, plan, buffers, _address)
-            for launch, params in launches(problem, plan, operands):
-                _run(cupy, device.id, launch, params)
+            mods = trace_mods(problem, buffers)
+            plan = choose(problem, device_spec(cupy, device.id), mods and mods.structure)
+            operands = prepare(problem, plan, buffers, _address, mods)
+            for launch, args in launches(problem, plan, operands):
+                _run(cupy, device.id, launch, args)
             if operands.out is not buffers.out:
                 buffers.out[...] = operands.out
 
@@ -69,14 +73,14 @@ class CudaBackend:
         """See `cupyflash.backends.registry.Merger`."""
         cupy, device = parts.namespace, parts.outs[0].device
         with device:
-            return merge_parts(parts, _address, lambda launch, params: _run(cupy, device.id, launch, params))
+            return merge_parts(parts, _address, lambda launch, args: _run(cupy, device.id, launch, args))
 
 
-def _run(cupy: Any, device_id: int, launch: Launch, params: np.void) -> None:
+def _run(cupy: Any, device_id: int, launch: Launch, args: tuple[np.void, ...]) -> None:
     """Launches on the current device, `device_id`, and the current stream."""
-    show_launch(launch, params, device_spec(cupy, device_id).arch)
+    show_launch(launch, args, device_spec(cupy, device_id).arch)
     kernel = _kernel(cupy, launch.spec, device_id)
-    kernel(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes)
+    kernel(launch.grid, launch.block, args, shared_mem=launch.shared_bytes)
 
 
 def _why_no_compiler() -> list[str]:

@@ -20,8 +20,11 @@ import numpy as np
 
 from ..build.debug import show_launch
 from ..build.host import find_compiler
-from ..build.launch import entry_of, launches, prepare, render_kernel
+from ..build.launch import launches
 from ..build.merging import merge_parts, merge_refusals
+from ..build.modding import trace_mods
+from ..build.operands import prepare
+from ..build.rendering import entry_of, render_kernel
 from ..errors import Unsupported
 from ..plan.choose import choose, refusals
 from ..plan.device import DEVICES, EMULATOR, DeviceSpec
@@ -46,10 +49,11 @@ class EmulatorBackend:
 
     def run(self, problem: Problem, buffers: Buffers) -> None:
         """See `cupyflash.backends.registry.Backend`."""
-        plan = choose(problem, device_from(os.environ.get(_ENVIRONMENT, "")))
-        operands = prepare(problem, plan, buffers, _address)
-        for launch, params in launches(problem, plan, operands):
-            _run(launch, params)
+        mods = trace_mods(problem, buffers)
+        plan = choose(problem, device_from(os.environ.get(_ENVIRONMENT, "")), mods and mods.structure)
+        operands = prepare(problem, plan, buffers, _address, mods)
+        for launch, args in launches(problem, plan, operands):
+            _run(launch, args)
         if operands.out is not buffers.out:
             buffers.out[...] = operands.out
 
@@ -64,11 +68,11 @@ class EmulatorBackend:
         return merge_parts(parts, _address, _run)
 
 
-def _run(launch: Launch, params: np.void) -> None:
+def _run(launch: Launch, args: tuple[np.void, ...]) -> None:
     environment = os.environ.get(_ENVIRONMENT, "")
     options = options_from(environment)
-    show_launch(launch, params, device_from(environment).arch)
-    _kernel(launch.spec)(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes, options=options)
+    show_launch(launch, args, device_from(environment).arch)
+    _kernel(launch.spec)(launch.grid, launch.block, args, shared_mem=launch.shared_bytes, options=options)
 
 
 def _why_no_compiler() -> list[str]:

@@ -19,8 +19,8 @@ import numpy as np
 from ..errors import Unsupported
 from ..plan.specs import KernelSpec, Launch
 from .cache import default_cache, digest
-from .launch import entry_of, render_kernel
 from .nvrtc import compile_cubin
+from .rendering import entry_of, render_kernel
 
 __all__ = ["debug_level", "show_launch"]
 
@@ -43,19 +43,18 @@ def debug_level() -> int:
     return int(text)
 
 
-def show_launch(launch: Launch, params: np.void, arch: str) -> None:
+def show_launch(launch: Launch, args: tuple[np.void, ...], arch: str) -> None:
     """Print what the level asks for; nothing at level 0."""
     if level := debug_level():
-        for line in _lines(launch, params, arch, level):
+        for line in _lines(launch, args, arch, level):
             print(f"cupyflash: {line}", file=sys.stderr)
 
 
-def _lines(launch: Launch, params: np.void, arch: str, level: int) -> Iterator[str]:
+def _lines(launch: Launch, args: tuple[np.void, ...], arch: str, level: int) -> Iterator[str]:
     yield str(launch)
     if level >= 2:
-        assert params.dtype.names is not None
-        for name in params.dtype.names:
-            yield f"  {name} = {params[name].tolist()}"
+        for params in args:
+            yield from (f"  {name} = {params[name].tolist()}" for name in params.dtype.names or ())
     if level >= 3:
         yield f"  source: {_source_path(launch.spec)}"
     if level >= 4:

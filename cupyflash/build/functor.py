@@ -21,7 +21,7 @@ from ..problem.expression import COORDINATES, Expression, Node, Range, pretty, s
 from ..problem.trace import Trace, TraceError, check_bounds, trace_mask_mod, trace_score_mod
 from .params import layout_checks
 
-__all__ = ["PackedMods", "TracedMod", "mods_dtype", "pack_mods", "render_mods", "trace_mod"]
+__all__ = ["NO_MODS", "PackedMods", "TracedMod", "mods_dtype", "pack_mods", "render_mods", "trace_mod"]
 
 #: Kernels have 4 KiB of parameters, and more than mods to pass.
 MAX_BYTES = 2048
@@ -318,6 +318,10 @@ def pack_mods(
     expressions = [None if trace is None else trace.expression for trace in (score, mask)]
     block = np.array([tuple(values)], mods_dtype(*expressions))
     return PackedMods(block[0], tuple(arrays))
+
+
+#: The second parameter of a kernel without mods.
+NO_MODS: np.void = np.zeros(1, mods_dtype(None, None))[0]
 
 
 def _fitting(array: Any) -> Any:

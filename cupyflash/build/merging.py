@@ -31,7 +31,7 @@ def merge_refusals(parts: Parts) -> list[str]:
 
 
 def merge_parts(
-    parts: Parts, address: Callable[[Any], int], run: Callable[[Launch, np.void], object]
+    parts: Parts, address: Callable[[Any], int], run: Callable[[Launch, tuple[np.void, ...]], object]
 ) -> tuple[Any, Any]:
     """The joint output and log-sum-exp, new arrays that `run` has filled, launch by launch.
 
@@ -53,7 +53,7 @@ def _join(
     dtype: np.dtype,
     xp: Any,
     address: Callable[[Any], int],
-    run: Callable[[Launch, np.void], object],
+    run: Callable[[Launch, tuple[np.void, ...]], object],
 ) -> tuple[Any, Any]:
     """One launch: the joint output, of `dtype`, and its log-sum-exp."""
     *lead, head_dim_v = outs[0].shape
@@ -83,7 +83,7 @@ def _join(
         for o, s, o_strides, s_strides in zip(outs, lses, counted, counted[len(outs) :], strict=False)
     ]
     spec = MergeSpec(DTYPES[outs[0].dtype].name, DTYPES[dtype].name)
-    run(Launch(spec, (math.ceil(num_rows / spec.rows_per_block),)), params)
+    run(Launch(spec, (math.ceil(num_rows / spec.rows_per_block),)), (params,))
     return out, lse
 
 

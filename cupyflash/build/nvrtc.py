@@ -43,6 +43,8 @@ class Resources:
         static shared memory.
     opcodes
         how many of each instruction the code has; only those of `OPCODES` are told apart.
+    instructions
+        how many it has of all kinds, but for those that do nothing.
     """
 
     registers: int
@@ -51,6 +53,7 @@ class Resources:
     spill_loads: int
     shared_bytes: int
     opcodes: Mapping[str, int] = field(hash=False)
+    instructions: int
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,7 @@ OPCODES = {
     0x11D: "BAR",
     0x189: "SHFL",
 }
+_NOP = 0x118  # fills up the end of the code
 
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _INFO_HEADER = struct.Struct("<BBH")
@@ -258,14 +262,15 @@ def read_cubin(cubin: bytes) -> dict[str, dict[str, int | dict[str, int]]]:
     for name, section in named.items():
         if not name.startswith(".text."):
             continue
-        words = struct.iter_unpack("<H14x", body(section))
-        opcodes = collections.Counter(OPCODES[word & 0x1FF] for (word,) in words if word & 0x1FF in OPCODES)
+        words = [word & 0x1FF for (word,) in struct.iter_unpack("<H14x", body(section))]
+        opcodes = collections.Counter(OPCODES[word] for word in words if word in OPCODES)
         shared = named.get(f".nv.shared.{name[len('.text.') :]}")
         entries[name[len(".text.") :]] = {
             "registers": 0,
             "stack_bytes": 0,
             "shared_bytes": shared[5] if shared else 0,
             "opcodes": dict(opcodes),
+            "instructions": sum(word != _NOP for word in words),
         }
     info = body(named[".nv.info"])
     position = 0

@@ -19,6 +19,8 @@ __all__ = [
     "MASK",
     "MAX_PARTS",
     "MERGE_PARAMS",
+    "MOD_MARKS",
+    "MOD_SUMMARY_PARAMS",
     "PART",
     "ROW_AXES",
     "SUMMARY_PARAMS",
@@ -52,11 +54,16 @@ MASK = np.dtype(
     align=True,
 )
 
+MOD_MARKS = np.dtype(
+    [("data", np.uintp), ("batch_stride", np.int64), ("group_stride", np.int64), ("row_stride", np.int64)], align=True
+)
+
 SCORE_PARAMS = np.dtype(
     [
         ("float_mask", MASK),
         ("bool_mask", MASK),
         ("summary", MASK),
+        ("mod_marks", MOD_MARKS),
         ("alibi_slopes", np.uintp),
         ("sinks", np.uintp),
         ("seed_data", np.uintp),
@@ -130,6 +137,20 @@ SUMMARY_PARAMS = np.dtype(
         ("block_rows", np.int32),
         ("block_columns", np.int32),
         ("has_words", np.int32),
+    ],
+    align=True,
+)
+
+MOD_SUMMARY_PARAMS = np.dtype(
+    [
+        ("summary", np.uintp),
+        ("num_tiles", np.int64),
+        ("num_groups", np.int32),
+        ("pack", np.int32),
+        ("num_rows", np.int32),
+        ("num_keys", np.int32),
+        ("block_rows", np.int32),
+        ("block_keys", np.int32),
     ],
     align=True,
 )

@@ -113,7 +113,9 @@ def config(constants: Mapping[str, ConfigValue]) -> str:
     return "\n".join(lines)
 
 
-def render(file: str, constants: Mapping[str, ConfigValue], entries: Sequence[str], name: str) -> KernelSource:
+def render(
+    file: str, constants: Mapping[str, ConfigValue], entries: Sequence[str], name: str, types: str = ""
+) -> KernelSource:
     """A kernel file over a `Config`.
 
     Parameters
@@ -126,8 +128,10 @@ def render(file: str, constants: Mapping[str, ConfigValue], entries: Sequence[st
         the file's ``extern "C"`` functions.
     name
         see `KernelSource`.
+    types
+        further text that stands before the file.
     """
-    text = f'#include "types.cuh"\n{config(constants)}\n#include "{file}"\n'
+    text = f'#include "types.cuh"\n{config(constants)}\n{types}#include "{file}"\n'
     return KernelSource(name, flatten(text, f"config of {name}"), tuple(entries))
 
 

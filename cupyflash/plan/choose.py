@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 from ..errors import Unsupported
 from ..hashing import hash_once
 from ..problem.dtypes import dtype_named
+from ..problem.expression import MAX_LENGTH as MAX_LENGTH_WITH_MODS
 from ..problem.problem import STAGES, Problem
 from .device import DeviceSpec
-from .specs import CombineSpec, Features, FwdSpec, KernelSpec, Launch, Plan, WeightsSpec
+from .specs import CombineSpec, Features, FwdSpec, KernelSpec, Launch, Mods, Plan, WeightsSpec
 from .tiles import FAMILIES, TILES, TileConfig, TileRow, rows_for
 
 __all__ = [
@@ -99,16 +100,15 @@ class Candidate:
     behind: str = ""
 
 
-# What of a problem is refused whatever its lengths: dtype, head dims and precision, then what is in `_OPTIONAL`.
-_OPTIONAL = {
-    "has_score_mod": "score_mod",
-    "has_mask_mod": "mask_mod",
-}
-_asked_of = attrgetter("dtype", "head_dim", "head_dim_v", "precision", *_OPTIONAL)
+# What of a problem is refused whatever its lengths.
+_asked_of = attrgetter("dtype", "head_dim", "head_dim_v", "precision")
 
 
 def refusals(problem: Problem) -> list[str]:
-    """What the problem asks and no kernel does on any device, one sentence each; empty if some kernel can run it."""
+    """What the problem asks and no kernel does on any device, one sentence each; empty if some kernel can run it.
+
+    A score_mod or mask_mod that can't be traced is refused when it is: see `cupyflash.problem.trace`.
+    """
     reasons = list(_refused(_asked_of(problem)))
     seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
     if seqlen_q > _MAX_LENGTH:
@@ -117,6 +117,10 @@ def refusals(problem: Problem) -> list[str]:
         reasons.append(f"it takes lengths up to {_MAX_LENGTH}, but S was {seqlen_k}")
     if problem.has_alibi and abs(problem.shift) > _MAX_LENGTH:
         reasons.append(f"it takes shifts of the diagonal up to {_MAX_LENGTH} with ALiBi, but align was {problem.shift}")
+    if problem.has_score_mod or problem.has_mask_mod:
+        lengths = (problem.batch_size, problem.num_heads_q, seqlen_q, seqlen_k)
+        if max(lengths) > MAX_LENGTH_WITH_MODS:
+            reasons.append(f"it takes lengths up to {MAX_LENGTH_WITH_MODS} with mods, but B, Hq, L, S were {lengths}")
     # At one row a tile: no tile makes more blocks.
     if problem.batch_size * problem.num_heads_q * seqlen_q > _MAX_BLOCKS and _most_tiles(problem) > _MAX_BLOCKS:
         reasons.append(f"it takes up to {_MAX_BLOCKS} tiles of queries, and these are more")
@@ -125,7 +129,7 @@ def refusals(problem: Problem) -> list[str]:
 
 @lru_cache(maxsize=512)
 def _refused(asked: tuple[Any, ...]) -> tuple[str, ...]:
-    dtype, head_dim, head_dim_v, precision, *optional = asked
+    dtype, head_dim, head_dim_v, precision = asked
     reasons = []
     dtypes = sorted({dtype for row in TILES for dtype in row.dtypes})
     if dtype not in dtypes:
@@ -135,19 +139,24 @@ def _refused(asked: tuple[Any, ...]) -> tuple[str, ...]:
         reasons.append(f"it has the head dims {held}, but E was {head_dim} and Ev was {head_dim_v}")
     if precision != "ieee":
         reasons.append(f"it has no precision {precision!r}")
-    reasons += [f"it has no {name}" for name, given in zip(_OPTIONAL.values(), optional, strict=True) if given]
     return tuple(reasons)
 
 
-def choose(problem: Problem, device: DeviceSpec) -> Plan:
+def choose(problem: Problem, device: DeviceSpec, mods: Mods | None = None) -> Plan:
     """The plan for a problem that `refusals` has nothing against.
+
+    Parameters
+    ----------
+    mods : Mods or None
+        The problem's score_mod and mask_mod, traced.
 
     Raises
     ------
     Unsupported
         No kernel runs on the device; with a reason for each candidate.
     """
-    plan = _plan_forward(problem, device)
+    features = _features(problem, mods)
+    plan = _plan_forward(problem, features, device)
     if problem.weights_stage is None:
         return plan
     tile, heads = WeightsSpec.tile, problem.batch_size * problem.num_heads_q
@@ -155,15 +164,15 @@ def choose(problem: Problem, device: DeviceSpec) -> Plan:
     if num_tiles == 0 or problem.seqlen_k == 0:  # there are no weights
         return _NOTHING if problem.stops_at_scores else plan
     parts = num_splits(num_tiles, math.ceil(problem.seqlen_k / tile.block_n), device.sms)
-    return _with_weights(plan, problem.dtype, problem.weights_stage, _features(problem), num_tiles * parts, parts)
+    return _with_weights(plan, problem.dtype, problem.weights_stage, features, num_tiles * parts, parts)
 
 
-def _plan_forward(problem: Problem, device: DeviceSpec) -> Plan:
+def _plan_forward(problem: Problem, features: Features, device: DeviceSpec) -> Plan:
     queries = _queries(
         problem.dtype,
         problem.head_dim,
         problem.head_dim_v,
-        _features(problem),
+        features,
         problem.batch_size,
         (problem.num_heads_q, problem.num_heads_k, problem.num_heads_v),
         problem.seqlen_q,
@@ -247,23 +256,32 @@ def _weights_spec(dtype: str, stage: str, features: Features) -> WeightsSpec:
     Writing the scores takes long enough for a few kernels to do: one where there are no masks and nothing changes
     scores, another that does all but a float mask and dropout.
     """
-    if stage in ("raw", "modded") or (stage == "capped" and not features.changed):
+    mods = features.mods
+    score_mod = replace(mods, mask=None) if mods is not None and mods.score is not None else None
+    if stage == "capped" and features.changed:
+        return WeightsSpec(dtype, "capped", Features(changed=True, mods=score_mod))
+    if stage in ("modded", "capped") and score_mod is not None:
+        return WeightsSpec(dtype, "modded", Features(mods=score_mod))
+    if stage in ("raw", "modded", "capped"):
         return WeightsSpec(dtype, "raw")
-    if stage == "capped":
-        return WeightsSpec(dtype, "capped", Features(changed=True))
     has_all = bool(features.float_mask or features.bool_mask or features.changed)
     dropout = features.dropout and stage == "dropout"
-    kept = Features(True, True, float_mask=features.float_mask, bool_mask=has_all, changed=has_all, dropout=dropout)
+    kept = replace(
+        Features(True, True, bool_mask=has_all, changed=has_all),
+        float_mask=features.float_mask,
+        dropout=dropout,
+        mods=mods,
+    )
     return WeightsSpec(dtype, "biased" if stage == "biased" else "softmax", kept)
 
 
-def selector_of(problem: Problem, device: DeviceSpec) -> Selector:
+def selector_of(problem: Problem, device: DeviceSpec, mods: Mods | None = None) -> Selector:
     """What of the problem selects a kernel."""
     return _selector(
         problem.dtype,
         problem.head_dim,
         problem.head_dim_v,
-        _features(problem),
+        _features(problem, mods),
         problem.batch_size,
         (problem.num_heads_q, problem.num_heads_k, problem.num_heads_v),
         problem.seqlen_q,
@@ -453,10 +471,10 @@ def every_spec() -> Iterator[KernelSpec]:
     yield from found
 
 
-def _features(problem: Problem) -> Features:
+def _features(problem: Problem, mods: Mods | None) -> Features:
     if not problem.has_plain_scores:
         changed = bool(problem.softcap or problem.has_alibi)
-        return _score_features(problem.float_mask_dtype, problem.has_bool_mask, changed, bool(problem.dropout_p))
+        return _score_features(problem.float_mask_dtype, problem.has_bool_mask, changed, bool(problem.dropout_p), mods)
     if not _FOLDED_SCALES[0] <= problem.scale <= _FOLDED_SCALES[1]:
         return _ANY_SCALE
     if problem.band.lower is not None:
@@ -464,15 +482,17 @@ def _features(problem: Problem) -> Features:
     return _FULL if problem.band.upper is None else _CAUSAL
 
 
-@lru_cache(maxsize=64)
-def _score_features(float_mask: str | None, bool_mask: bool, changed: bool, dropout: bool) -> Features:
+@lru_cache(maxsize=512)
+def _score_features(
+    float_mask: str | None, bool_mask: bool, changed: bool, dropout: bool, mods: Mods | None = None
+) -> Features:
     """The features of a kernel that does this: one alone has a kernel of its own, several share one that does all.
 
-    But a float mask, of whichever dtype, and dropout are only where they are asked for: they are most of the work.
+    But a float mask, of whichever dtype, dropout and mods are only where they are asked for: they are most of the work.
     """
     if bool(float_mask) + bool_mask + changed + dropout > 1:
         bool_mask = changed = True
-    return replace(_ANY_SCALE, float_mask=float_mask, bool_mask=bool_mask, changed=changed, dropout=dropout)
+    return replace(_ANY_SCALE, float_mask=float_mask, bool_mask=bool_mask, changed=changed, dropout=dropout, mods=mods)
 
 
 def _features_of(dtype: str) -> list[Features]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
 from ..hashing import hash_once
 from ..problem.dtypes import dtype_named
+from ..problem.expression import Expression
 from .tiles import FAMILIES, TileConfig
 
 __all__ = [
@@ -18,11 +20,33 @@ __all__ = [
     "Launch",
     "MaskSummarySpec",
     "MergeSpec",
+    "ModSummarySpec",
+    "Mods",
     "Plan",
     "WeightsSpec",
 ]
 
 _SHORT_NAMES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
+
+
+@hash_once
+@dataclass(frozen=True)
+class Mods:
+    """What a traced score_mod and mask_mod compute; None where there is none.
+
+    Equal for functions of equal structure, whichever arrays and numbers they close over: a kernel is compiled once for
+    all of them.
+    """
+
+    score: Expression | None = None
+    mask: Expression | None = None
+
+    @cached_property
+    def _digest(self) -> str:
+        return hashlib.sha256(repr((self.score, self.mask)).encode()).hexdigest()[:10]
+
+    def __str__(self) -> str:
+        return f"{'score' * (self.score is not None)}{'mask' * (self.mask is not None)}mod{self._digest}"
 
 
 @hash_once
@@ -43,6 +67,8 @@ class Features:
     changed : bool
         There may be softcap or ALiBi.
     dropout : bool
+    mods : Mods or None
+        score_mod and mask_mod; None: there are none.
     """
 
     has_lower: bool = False
@@ -52,6 +78,7 @@ class Features:
     bool_mask: bool = False
     changed: bool = False
     dropout: bool = False
+    mods: Mods | None = None
 
     def __str__(self) -> str:
         bounds = {(False, False): "", (False, True): "causal", (True, False): "lower", (True, True): "window"}
@@ -62,6 +89,7 @@ class Features:
             "mask" if self.bool_mask else "",
             "changed" if self.changed else "",
             "dropout" if self.dropout else "",
+            str(self.mods) if self.mods else "",
         )
         return "+".join(filter(None, named))
 
@@ -150,7 +178,7 @@ class WeightsSpec:
     dtype : str
         Of the query.
     stage : str
-        "raw", "capped", "biased", or "softmax": dropped weights are a feature.
+        "raw", "modded", "capped", "biased", or "softmax": dropped weights are a feature.
     features : Features
         Of the scores up to that stage, and dropout.
     """
@@ -183,6 +211,28 @@ class MaskSummarySpec:
         return self.family
 
 
+@hash_once
+@dataclass(frozen=True)
+class ModSummarySpec:
+    """The kernel that tells of each tile of scores whether mask_mod keeps none, some or all of its keys.
+
+    Parameters
+    ----------
+    mods : Mods
+        With a mask alone.
+    """
+
+    mods: Mods
+
+    family = "mod_summary"
+    shared_bytes = 0
+    num_threads = 128
+    tiles_per_block = 4
+
+    def __str__(self) -> str:
+        return f"{self.family}-{self.mods}"
+
+
 @dataclass(frozen=True)
 class MergeSpec:
     """The kernel that joins attention outputs over disjoint sets of keys: one warp for each row of the output.
@@ -206,7 +256,7 @@ class MergeSpec:
         return f"{self.family}-{_SHORT_NAMES[self.dtype]}{to}"
 
 
-KernelSpec = FwdSpec | CombineSpec | WeightsSpec | MaskSummarySpec | MergeSpec
+KernelSpec = FwdSpec | CombineSpec | WeightsSpec | MaskSummarySpec | ModSummarySpec | MergeSpec
 
 #: The kernels that no plan of `attention` names.
 COMPANIONS: tuple[KernelSpec, ...] = (

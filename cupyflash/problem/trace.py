@@ -90,7 +90,8 @@ class TraceError(Unsupported):
         if filename:
             line = linecache.getline(filename, lineno).strip()
             message += f"\n  {filename}:{lineno}" + (f"\n    {line}" if line else "")
-        super().__init__(message)
+        message += '\nbackend="math" calls the function instead of tracing it'
+        super().__init__(message, {"cuda": (message,), "emulator": (message,)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -415,6 +416,7 @@ class _Tracer:
         self.numbers: list[tuple[Number, int | float]] = []
         self._known: dict[Node, int] = {}
         self._slots: dict[Any, int] = {}
+        self._constants: dict[tuple[int, str], tuple[Any, int]] = {}  # the object too, so that its id stays its own
         self._wrapped: dict[int, tuple[Any, Any]] = {}  # the object too, so that its id stays its own
         self._failure: TraceError | None = None
 
@@ -529,6 +531,10 @@ class _Tracer:
         """A Python or NumPy number as a value of `dtype`."""
         if dtype == "bool":
             return self.node("const", dtype, value=bool(value))
+        # An object that is used again, a literal in a loop for example, is one number. Equal ones may be another time's
+        # different ones, and the structure must not depend on that.
+        if (id(value), dtype) in self._constants:
+            return self.node("number", dtype, value=self._constants[id(value), dtype][1])
         number: int | float
         if _dtype(dtype).kind in "iu":
             number, info = int(value), np.iinfo(dtype)
@@ -541,6 +547,7 @@ class _Tracer:
             with np.errstate(over="ignore"):  # a number too large is infinite, as in NumPy
                 number = float(np.asarray(value).astype(_dtype(dtype)))
             self.numbers.append((Number(dtype), number))
+        self._constants[id(value), dtype] = value, len(self.numbers) - 1
         return self.node("number", dtype, value=len(self.numbers) - 1)
 
     def operand(self, value: Any) -> _Symbol | int | float:

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 
 from ..build.cache import Cache
-from ..build.launch import entry_of, render_kernel
 from ..build.nvrtc import compile_cubin
+from ..build.rendering import entry_of, render_kernel
 from ..plan.choose import every_spec
 from ..plan.device import DEVICES, DeviceSpec
 from ..plan.specs import CombineSpec, FwdSpec, KernelSpec, WeightsSpec

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cupyflash.build.launch import entry_of
 from cupyflash.build.nvrtc import Binary, Resources
+from cupyflash.build.rendering import entry_of
 from cupyflash.plan.specs import FwdSpec, KernelSpec
 
 

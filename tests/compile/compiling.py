@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cupyflash.build.cache import Cache, digest
-from cupyflash.build.launch import render_kernel
 from cupyflash.build.nvrtc import compile_cubin, nvrtc_version
+from cupyflash.build.rendering import render_kernel
 from cupyflash.errors import KernelCompileError
 from tests.compile import checks
 from tests.compile.selection import Pair

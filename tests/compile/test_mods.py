@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,11 @@ from cupyflash import mods
 from cupyflash.build.cache import Cache
 from cupyflash.build.nvrtc import Resources, compile_cubin
 from cupyflash.plan.device import DEVICES
+from cupyflash.plan.specs import Features, FwdSpec, KernelSpec, Mods, ModSummarySpec, WeightsSpec
+from cupyflash.plan.tiles import TILES, TileConfig
 from cupyflash.problem.trace import trace_mask_mod, trace_score_mod
+from tests.compile.compiling import found_faults
+from tests.compile.selection import Pair
 from tests.kernels.mods import source_with
 
 pytestmark = pytest.mark.usefixtures("nvrtc")
@@ -79,3 +86,64 @@ def test_no_function_of_the_gallery_needs_double_precision(name: str, tmp_path: 
     """Which is slow on most GPUs."""
     opcodes = resources(SCORES.get(name), MASKS.get(name), "float", "sm_90", tmp_path).opcodes
     assert not {"DMUL", "DADD", "DFMA"} & opcodes.keys()
+
+
+# --- in the kernels that apply them ----------------------------------------------------------------------
+
+BAND = Features(has_lower=True, has_upper=True, scale_first=True)
+
+
+def mods_of(score: str | None, mask: str | None) -> Mods:
+    return Mods(
+        score and trace_score_mod(SCORES[score]).expression,
+        mask and trace_mask_mod(MASKS[mask]).expression,
+    )
+
+
+def forward_specs(arch: str, mods: Mods, dims: Sequence[tuple[int, int]]) -> Iterator[FwdSpec]:
+    """Of each head dims the kernel of most registers that runs there."""
+    baseline = 75 if arch == "sm_75" else 80
+    for row in TILES:
+        if row.family == "fwd_sm80" and row.baseline == baseline and (row.head_dim, row.head_dim_v) in dims:
+            features = replace(BAND, mods=mods)
+            dims_of = (row.head_dim, row.head_dim_v)
+            yield FwdSpec(row.family, "float16", *dims_of, row.tiles[0], features, packed=True, baseline=baseline)
+
+
+def pairs() -> Iterator[Pair]:
+    """Each function where registers are short, on one GPU; those that take most of them with each kernel on each."""
+    for arch in ARCHITECTURES:
+        most = mods_of("relative_position_bias", "document_mask")
+        specs: list[KernelSpec] = [
+            *forward_specs(arch, most, [(64, 64), (256, 256)]),
+            FwdSpec("fwd_simt", "float32", 256, 128, simt_tile(128), replace(BAND, scale_first=False, mods=most)),
+            WeightsSpec("float32", "biased", Features(True, True, mods=most)),
+            ModSummarySpec(mods_of(None, "document_mask")),
+        ]
+        yield from (Pair(spec, arch) for spec in specs)
+    for score, mask in [*((name, None) for name in SCORES), *((None, name) for name in MASKS)]:
+        yield from (Pair(spec, "sm_90") for spec in forward_specs("sm_90", mods_of(score, mask), [(192, 128)]))
+
+
+def simt_tile(head_dim_v: int) -> TileConfig:
+    return next(row.tiles[0] for row in TILES if row.family == "fwd_simt" and row.head_dim_v == head_dim_v)
+
+
+PAIRS = list(pairs())
+
+
+@pytest.fixture(scope="module")
+def compiled(nvrtc: tuple[int, int], tmp_path_factory: pytest.TempPathFactory) -> dict[Pair, list[str]]:
+    return dict(zip(PAIRS, found_faults(PAIRS, tmp_path_factory.mktemp("cubins"), 2), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_kernels_with_mods_need_registers_alone(pair: Pair, compiled: dict[Pair, list[str]]) -> None:
+    assert compiled[pair] == []
+
+
+def test_each_kernel_that_applies_mods_is_compiled_for_each_architecture() -> None:
+    families = {pair.spec.family for pair in PAIRS}
+    assert families == {"fwd_sm80", "fwd_simt", "weights", "mod_summary"}
+    assert {(pair.spec.family, pair.arch) for pair in PAIRS} == set(itertools.product(families, ARCHITECTURES))

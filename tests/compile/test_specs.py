@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cupyflash.build.launch import _constants, entry_of
 from cupyflash.build.nvrtc import Binary, Resources
+from cupyflash.build.rendering import _constants, entry_of
 from cupyflash.plan.choose import every_spec
 from cupyflash.plan.specs import COMPANIONS, FwdSpec, KernelSpec
 from cupyflash.plan.tiles import FAMILIES
@@ -49,7 +49,7 @@ def test_every_spec_has_other_constants() -> None:
 
 SPEC = next(spec for spec in every_spec() if isinstance(spec, FwdSpec) and spec.head_dim == 64)
 STEPS, COLUMNS = SPEC.head_dim // 16, SPEC.tile.block_n // 8
-GOOD = Resources(168, 0, 0, 0, 1024, {"HMMA": 2 * STEPS * COLUMNS, "LDSM": STEPS * COLUMNS + STEPS})
+GOOD = Resources(168, 0, 0, 0, 1024, {"HMMA": 2 * STEPS * COLUMNS, "LDSM": STEPS * COLUMNS + STEPS}, 999)
 
 
 def faults_with(resources: Resources, notices: tuple[str, ...] = (), spec: FwdSpec = SPEC) -> list[str]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from cupyflash import mods
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -107,3 +109,24 @@ def test_denoise_photo_says_what_is_wrong_with_a_size(tmp_path: Path) -> None:
     assert result.returncode != 0
     assert "--size 10000" in result.stderr
     assert "600 × 512" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("emulate", [False, True])
+def test_score_mod(emulate: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    image = pytest.importorskip("matplotlib.image", reason="matplotlib is not installed")
+    pytest.importorskip("tqdm", reason="tqdm is not installed")
+    options, backends, names = ["--length", "256"], ["numpy"], mods.__all__
+    if emulate:
+        request.getfixturevalue("cxx")
+        options = ["--length", "70", "--cases", "*[ik]", "--emulate"]
+        backends, names = ["numpy", "emulator"], ["alibi", "document_mask"]
+    printed = run_example("score_mod.py", *options, "--heads", "2", "--output", str(tmp_path / "made"), folder=tmp_path)
+    for backend in backends:
+        assert f'(1, 2, {options[1]}, 64) float32, backend="{backend}"' in printed
+    rows = re.findall(r"^  (\w+) .*? ([\d.e-]+) +([\d.]+) ms +([\d.]+)×$", printed, re.MULTILINE)
+    assert sorted(row[0] for row in rows) == sorted(["plain", *names] * len(backends))
+    assert all(float(error) < 1e-5 for _, error, *_ in rows)
+    path = Path(re.search(r"picture (.+)", printed)[1])
+    assert path.parent == tmp_path / "made"
+    assert image.imread(path).std() > 0.1

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from cupyflash.backends.emulator import Counters, Module, Options, guarded_array
-from cupyflash.build.launch import render_kernel
+from cupyflash.build.functor import NO_MODS
 from cupyflash.build.params import FWD_PARAMS
+from cupyflash.build.rendering import render_kernel
 from cupyflash.build.source import KernelSource
 from cupyflash.merge import merge_attention
 from cupyflash.plan.specs import Features, FwdSpec
@@ -119,7 +120,9 @@ def forward(spec, q, k, v, *, kernel=None, options: Options | None = None, num_s
         array[...] = np.nan
     params, grid = launch_arguments(spec, q, k, v, out, lse, num_splits=num_splits, partial=partial, **keywords)
     kernel = kernel or module(spec).get_function("flash_fwd_sm80")
-    counters: Counters = kernel(grid, (32 * spec.num_warps,), (params,), shared_mem=spec.shared_bytes, options=options)
+    counters: Counters = kernel(
+        grid, (32 * spec.num_warps,), (params, NO_MODS), shared_mem=spec.shared_bytes, options=options
+    )
     assert np.isnan(whole_out[..., shape[3] :].astype(np.float32)).all(), "something was written between rows"
     if partial is None:
         return out, lse, counters

@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 
 from cupyflash.backends.emulator import Counters, Module, Options, guarded_array, guarded_copy
-from cupyflash.build.launch import entry_of, launches, prepare, render_kernel
+from cupyflash.build.launch import launches
+from cupyflash.build.modding import CallMods, trace_mods
+from cupyflash.build.operands import prepare
+from cupyflash.build.rendering import entry_of, render_kernel
 from cupyflash.plan.choose import choose
 from cupyflash.plan.device import DEVICES
 from cupyflash.plan.specs import CombineSpec, FwdSpec, KernelSpec, Launch, Plan
@@ -23,10 +26,13 @@ def module(spec: KernelSpec) -> Module:
     return Module(render_kernel(spec))
 
 
-def planned(arguments: dict[str, Any], splits: int = 1, pack: int = 1) -> tuple[Problem, Plan, Buffers]:
+def planned(
+    arguments: dict[str, Any], splits: int = 1, pack: int = 1
+) -> tuple[Problem, Plan, Buffers, CallMods | None]:
     """The plan for a T4, which has no tensor cores for these dtypes, but with so many splits and heads in a tile."""
     problem, buffers = normalize(**arguments)
-    plan = choose(problem, DEVICES["T4"])
+    mods = trace_mods(problem, buffers)
+    plan = choose(problem, DEVICES["T4"], mods and mods.structure)
     spec = plan.launches[0].spec
     assert isinstance(spec, FwdSpec)
     assert spec.family == "fwd_simt"
@@ -37,7 +43,7 @@ def planned(arguments: dict[str, Any], splits: int = 1, pack: int = 1) -> tuple[
     if splits > 1:
         combine = CombineSpec(spec.dtype)
         steps.append(Launch(combine, (math.ceil(heads * problem.seqlen_q / combine.rows_per_block),)))
-    return problem, Plan(tuple(steps), splits, pack, plan.row_alignment), buffers
+    return problem, Plan(tuple(steps), splits, pack, plan.row_alignment), buffers, mods
 
 
 def forward_spec(arguments: dict[str, Any], **how: int) -> FwdSpec:
@@ -52,12 +58,12 @@ def run(
     """(out, lse, counters of the forward kernel) for q, k, v of four axes; outputs are filled with NaN before."""
     arguments = {"enable_gqa": True, **arguments}
     arguments |= {name: guarded_copy(arguments[name], name) for name in ("query", "key", "value")}
-    problem, plan, buffers = planned(arguments, **how)
+    problem, plan, buffers, mods = planned(arguments, **how)
     accumulator = problem.element.accumulator
     rows = (*problem.batch_shape, problem.num_heads_q, problem.seqlen_q)
     out = guarded_array((*rows, problem.head_dim_v), problem.element.storage, "out")
     lse = guarded_array(rows, accumulator, "lse")
-    operands = prepare(problem, plan, buffers._replace(out=out, lse=lse), lambda array: array.ctypes.data)
+    operands = prepare(problem, plan, buffers._replace(out=out, lse=lse), lambda array: array.ctypes.data, mods)
     if plan.num_splits > 1:
         # Guarded, and full of NaN, like the rest of what is written.
         partials = [guarded_copy(np.full_like(x, np.nan), "a partial result") for x in (operands[5], operands[6])]
@@ -67,9 +73,10 @@ def run(
             addresses=[*operands.addresses[:5], *(x.ctypes.data for x in partials), operands.addresses[7]],
         )
     out[...] = lse[...] = np.nan
-    counters = []
-    for launch, params in launches(problem, plan, operands):
+    for launch, args in launches(problem, plan, operands):
         compiled = kernel if kernel is not None and isinstance(launch.spec, FwdSpec) else module(launch.spec)
         function = compiled.get_function(entry_of(launch.spec))
-        counters.append(function(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes, options=options))
-    return out, lse, counters[0]
+        done = function(launch.grid, launch.block, args, shared_mem=launch.shared_bytes, options=options)
+        if isinstance(launch.spec, FwdSpec):
+            counters = done
+    return out, lse, counters

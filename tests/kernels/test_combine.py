@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from cupyflash.backends.emulator import Module, Options, guarded_array, guarded_copy
-from cupyflash.build.launch import render_kernel
 from cupyflash.build.params import COMBINE_PARAMS
+from cupyflash.build.rendering import render_kernel
 from cupyflash.merge import merge_attention
 from cupyflash.plan.specs import CombineSpec
 from cupyflash.problem.dtypes import dtype_named

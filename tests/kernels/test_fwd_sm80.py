@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cupyflash.backends.emulator import EmulatorError, Module, Options, guarded_array
+from cupyflash.build.functor import NO_MODS
 from cupyflash.build.params import FWD_PARAMS, layout_checks
 from cupyflash.build.source import KernelSource
 from cupyflash.errors import KernelCompileError
@@ -120,7 +121,7 @@ def test_nothing_is_touched_beyond_a_row(spec):
         lse = guarded_array(q.shape[:3], np.float32, "lse")
         views = [array[..., :n] for array, n in zip(wide, (dims[0], dims[0], dims[1], dims[1]), strict=True)]
         params, grid = launch_arguments(spec, *views, lse)
-        module(spec).get_function("flash_fwd_sm80")(grid, (128,), (params,), shared_mem=spec.shared_bytes)
+        module(spec).get_function("flash_fwd_sm80")(grid, (128,), (params, NO_MODS), shared_mem=spec.shared_bytes)
         np.testing.assert_array_equal(views[3], expected)
         np.testing.assert_array_equal(lse, expected_lse)
         assert np.isnan(wide[3][..., dims[1] :]).all()
@@ -258,7 +259,7 @@ def test_strides():
         )
         params, grid = launch_arguments(spec, *views, lse)
         kernel = module(spec).get_function("flash_fwd_sm80")
-        kernel(grid, (128,), (params,), shared_mem=spec.shared_bytes)
+        kernel(grid, (128,), (params, NO_MODS), shared_mem=spec.shared_bytes)
         np.testing.assert_array_equal(views[3], expected)
         np.testing.assert_array_equal(lse, expected_lse)
 

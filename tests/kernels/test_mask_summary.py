@@ -11,8 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cupyflash.backends.emulator import Counters, EmulatorError, Function, Module, Options, guarded_array, guarded_copy
-from cupyflash.build.launch import entry_of, render_kernel, summarize_mask
+from cupyflash.build.mask_summary import summarize_mask
 from cupyflash.build.params import SUMMARY_PARAMS
+from cupyflash.build.rendering import entry_of, render_kernel
 from cupyflash.build.source import KernelSource
 from cupyflash.errors import Unsupported
 from cupyflash.plan.specs import MaskSummarySpec

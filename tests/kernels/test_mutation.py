@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cupyflash import mods
 from cupyflash.backends.emulator import EmulatorError, Module, Options
-from cupyflash.build.launch import render_kernel, summarize_mask
+from cupyflash.build.mask_summary import summarize_mask
 from cupyflash.build.merging import merge_parts
+from cupyflash.build.rendering import render_kernel
 from cupyflash.build.source import KernelSource, kernels_folder, read_kernel
 from cupyflash.plan.specs import CombineSpec, Launch, MaskSummarySpec, MergeSpec
 from cupyflash.problem.parts import check_parts
@@ -26,6 +28,9 @@ from tests.cases import heads
 from tests.kernels import forward, simt, test_combine, weights
 from tests.kernels.harness import source_of
 from tests.kernels.mutation import SYNCHRONISATION, Exemption, Mutant, assert_exemptions_hold, exempt, mutants
+from tests.kernels.test_mod_summary import summarized, summary_of
+
+DOCUMENT_MASK = mods.document_mask(np.arange(400) // 90)
 
 # A sign of trouble is enough, so the kinds of runs come in the order in which they find most; the last two are those
 # that find what late landing and the race detector themselves might hide.
@@ -107,6 +112,16 @@ def summary_problem(shape, block_m, block_n):
     return run
 
 
+def mod_summary_problem(lengths, block, pack):
+    """Documents whose ends make tiles of all three kinds."""
+
+    def run(module: Module, options: Options) -> bytes:
+        function = module.get_function("flash_mod_summary")
+        return summary_of(DOCUMENT_MASK, lengths, block, pack, function=function, options=options).tobytes()
+
+    return run
+
+
 def merge_problem(dtype, num_parts, shape):
     """Parts of one float type, the last of them dead."""
     rng = np.random.default_rng(num_parts)
@@ -118,8 +133,8 @@ def merge_problem(dtype, num_parts, shape):
     def run(module: Module, options: Options) -> bytes:
         kernel = module.get_function("flash_merge")
 
-        def launch_it(launch: Launch, params: np.void) -> None:
-            kernel(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes, options=options)
+        def launch_it(launch: Launch, args: tuple[np.void, ...]) -> None:
+            kernel(launch.grid, launch.block, args, shared_mem=launch.shared_bytes, options=options)
 
         joined = merge_parts(parts, lambda array: array.ctypes.data, launch_it)
         return b"".join(array.tobytes() for array in joined)
@@ -147,6 +162,8 @@ SIMT_PACKED_SPLIT = Case(
     enable_gqa=True,
     window=(150, 100),
 ).arguments()
+# The same with a score_mod and a mask_mod, which leaves out whole tiles of keys.
+MODDED = heads(1, 2, 70, 330, 40, dtype="float32", score_mod="look_up").arguments() | {"mask_mod": DOCUMENT_MASK}
 # Both ends of the band: masked tiles on the left, whole ones, masked ones on the right.
 BAND = forward.Spec(has_lower=True, has_upper=True)
 # Q stays in shared memory; with a split the last step of one block is not the last of the keys.
@@ -173,6 +190,7 @@ SUBJECTS = {
             simt_problem(simt_arguments(70, 330, -10, 300)),
         ],
     ),
+    "fwd_simt.cu, mods": Subject(render_kernel(simt.forward_spec(MODDED)), [simt_problem(MODDED)]),
     "fwd_simt.cu, packed, split": Subject(
         render_kernel(simt.forward_spec(SIMT_PACKED_SPLIT, pack=2, splits=2)),
         [simt_problem(SIMT_PACKED_SPLIT, pack=2, splits=2)],
@@ -205,6 +223,10 @@ SUBJECTS = {
     "mask_summary.cu": Subject(
         render_kernel(MaskSummarySpec()),
         [summary_problem((2, 3, 70, 100), 16, 32), summary_problem((1, 3, 70, 99), 16, 32)],  # in words; one by one
+    ),
+    "mod_summary.cu": Subject(
+        render_kernel(summarized(DOCUMENT_MASK, (2, 4, 70, 200))[0].launch.spec),
+        [mod_summary_problem((2, 4, 70, 200), (64, 64), 1), mod_summary_problem((1, 4, 20, 99), (16, 32), 2)],
     ),
 }
 

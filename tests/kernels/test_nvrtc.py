@@ -158,6 +158,7 @@ def test_opcodes_agree_with_nvdisasm(tmp_path, arch, require):
             counted = collections.Counter(word for word in words if word in OPCODES.values())
             assert len(words) > 4
             assert counted == binary.resources[name[0]].opcodes
+            assert len(words) - words.count("NOP") == binary.resources[name[0]].instructions
             seen.update(counted)
     lacking = {"sm_75": OF_SM80 | OF_SM90 | {"FMNMX3"}, "sm_90a": {"FMNMX3"}, "sm_100": OF_SM90}
     assert set(OPCODES.values()) - seen == lacking.get(arch, OF_SM90 | {"FMNMX3"})

@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 
 from cupyflash.backends.emulator import EmulatorError, Module, guarded_copy
-from cupyflash.build.launch import entry_of, launches, prepare, render_kernel
+from cupyflash.build.launch import launches
+from cupyflash.build.modding import trace_mods
+from cupyflash.build.operands import prepare
+from cupyflash.build.rendering import entry_of, render_kernel
 from cupyflash.build.source import KernelSource
 from cupyflash.plan.choose import choose
 from cupyflash.plan.device import EMULATOR
@@ -73,12 +76,31 @@ def with_sinks_of_float32(dtype: str) -> dict[str, Any]:
     return arguments
 
 
+BIAS = np.random.default_rng(2).standard_normal((2, 3, SEQLEN_Q, SEQLEN_K)).astype(np.float32)
+
+
+def with_mods(dtype: str) -> dict[str, Any]:
+    """Both read an array by every coordinate; the first head alone has tiles that are whole or empty.
+
+    A key that score_mod removes stays removed under softcap and a mask of NaN.
+    """
+    keep = np.random.default_rng(3).random(BIAS.shape) < 0.7
+    keep[0, 0, :128, :64], keep[0, 0, :128, 64:], keep[0, 0, 128:, :64] = True, False, True
+    bias = np.where(np.arange(SEQLEN_K) == 9, -np.inf, BIAS).astype(np.float32)
+    arguments = everything(dtype)
+    arguments["attn_mask"][0][..., 9] = np.nan
+    return arguments | {
+        "score_mod": lambda score, b, h, q_idx, kv_idx: score + bias[b, h, q_idx, kv_idx],
+        "mask_mod": lambda b, h, q_idx, kv_idx: keep[b, h, q_idx, kv_idx],
+    }
+
+
 PROBLEMS = (everything, with_infinities, with_infinite_scores_capped, with_seed_in_memory, with_sinks_of_float32)
 
 WRONG = [
     ("const bool exists = key < params.seqlen_k;", "const bool exists = true;"),
-    ("query = at_most(query, params.seqlen_q - 1);", ""),
-    ("removed = removed || score == minus_infinity || bias == minus_infinity;", ""),
+    ("at_most(row_query, params.seqlen_q - 1)", "row_query"),
+    ("removed = removed || bias == minus_infinity;", ""),
     ("score += bias;", ""),
     ("params.scores.softcap != 0.0 &&", ""),
     ("return softcap * hyperbolic_tangent(score / softcap);", ""),
@@ -89,11 +111,27 @@ WRONG = [
     ("batch % params.batch_shape[axis] * mask.batch_strides[axis]", "0"),
     ("head * mask.head_stride", "0"),
     ("row * mask.row_stride", "0"),
-    ("work.row_begin / Config::kBlockM)", "0)"),
+    ("work.row_begin / Config::kBlockM;", "0;"),
     ("of(tile) == 0", "of(tile) != 2"),
     ("if (scores.sinks != nullptr)", "if (false)"),
     ("end.factor *= static_cast<Real>(scores.dropout_scale);", ""),
     ("if (scores.seed_data == nullptr) return", "return"),
+]
+# Lines for mods: of the kernel that has them.
+WRONG_WITH_MODS = [
+    ("score = capped(modded(score, key));", "score = capped(score);"),
+    (
+        "Coord{batch, head, query, key}, mods);\n  }\n\n  // softcap",
+        "Coord{0, head, query, key}, mods);\n  }\n\n  // softcap",
+    ),
+    ("removed = score == minus_infinity;", ""),
+    ("work.batch * scores.mod_marks.batch_stride", "0"),
+    ("group * scores.mod_marks.group_stride", "0"),
+    ("tile_row * scores.mod_marks.row_stride", "0"),
+    ("work.head / FwdWork::heads_per_tile<Config>(params)", "0"),
+    ("mark = mod_mark < mark ? mod_mark : mark;", "mark = mod_mark;"),
+    ("const u32 mod_mark = mod_marks == nullptr ? 1 : isa::ldg_1(mod_marks + tile);", "const u32 mod_mark = 2;"),
+    ("return MaskMod::apply(Coord{batch, head, query, key}, mods);", "return true;"),
 ]
 # Lines for one family.
 WRONG_OF = {
@@ -119,15 +157,16 @@ def problem_of(make: Callable[[str], dict[str, Any]], dtype: str) -> tuple[FwdSp
         if arguments[name] is not None:
             arguments[name] = guarded_copy(arguments[name], name)
     problem, buffers = normalize(**arguments)
-    plan = choose(problem, EMULATOR)
+    mods = trace_mods(problem, buffers)
+    plan = choose(problem, EMULATOR, mods and mods.structure)
 
     def run(kernel: Module) -> bytes:
-        operands = prepare(problem, plan, buffers, lambda array: array.ctypes.data)
+        operands = prepare(problem, plan, buffers, lambda array: array.ctypes.data, mods)
         buffers.out[...] = buffers.lse[...] = np.nan
-        for launch, params in launches(problem, plan, operands):
+        for launch, args in launches(problem, plan, operands):
             compiled = kernel if isinstance(launch.spec, FwdSpec) else simt.module(launch.spec)
             function = compiled.get_function(entry_of(launch.spec))
-            function(launch.grid, launch.block, (params,), shared_mem=launch.shared_bytes)
+            function(launch.grid, launch.block, args, shared_mem=launch.shared_bytes)
         return buffers.out.tobytes() + buffers.lse.tobytes()
 
     (spec,) = [launch.spec for launch in plan.launches if isinstance(launch.spec, FwdSpec)]
@@ -135,22 +174,31 @@ def problem_of(make: Callable[[str], dict[str, Any]], dtype: str) -> tuple[FwdSp
 
 
 @functools.cache
-def right_results(dtype: str) -> list[bytes]:
-    return [run(simt.module(spec)) for spec, run in (problem_of(make, dtype) for make in PROBLEMS)]
+def right_results(dtype: str, problems: tuple[Any, ...]) -> list[bytes]:
+    return [run(simt.module(spec)) for spec, run in (problem_of(make, dtype) for make in problems)]
 
 
 @pytest.mark.parametrize(
     ("family", "code", "wrong"), [(name, *line) for name in FAMILIES for line in (*WRONG, *WRONG_OF[name])]
 )
 def test_problems_reach_every_line(family: str, code: str, wrong: str) -> None:
+    assert_caught(family, code, wrong, PROBLEMS)
+
+
+@pytest.mark.parametrize(("family", "code", "wrong"), [(name, *line) for name in FAMILIES for line in WRONG_WITH_MODS])
+def test_mods_reach_every_line_of_theirs(family: str, code: str, wrong: str) -> None:
+    assert_caught(family, code, wrong, (with_mods,))
+
+
+def assert_caught(family: str, code: str, wrong: str, problems: tuple[Any, ...]) -> None:
     dtype = FAMILIES[family]
-    (spec,) = {problem_of(make, dtype)[0] for make in PROBLEMS}
+    (spec,) = {problem_of(make, dtype)[0] for make in problems}
     assert spec.family == family
     source = render_kernel(spec)
     assert source.text.count(code) == 1
     kernel = Module(KernelSource("wrong", source.text.replace(code, wrong), source.entries))
     try:
-        found = [problem_of(make, dtype)[1](kernel) for make in PROBLEMS]
+        found = [problem_of(make, dtype)[1](kernel) for make in problems]
     except EmulatorError:
         return
-    assert found != right_results(dtype), "nothing is wrong with the kernel"
+    assert found != right_results(dtype, problems), "nothing is wrong with the kernel"

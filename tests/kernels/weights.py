@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from cupyflash.backends.emulator import Counters, Module, Options, guarded_array, guarded_copy
-from cupyflash.build.launch import entry_of, launches, prepare
+from cupyflash.build.launch import launches
+from cupyflash.build.operands import prepare
+from cupyflash.build.rendering import entry_of
 from cupyflash.plan.choose import choose
 from cupyflash.plan.device import EMULATOR
 from cupyflash.plan.specs import Launch, Plan, WeightsSpec
@@ -49,14 +51,14 @@ def run(
     weights = guarded_array(buffers.weights.shape, buffers.weights.dtype, "weights")
     weights[...] = np.nan
     operands = prepare(problem, plan, buffers._replace(weights=weights), lambda array: array.ctypes.data)
-    for launch, params in launches(problem, plan, operands):
+    for launch, args in launches(problem, plan, operands):
         is_weights = isinstance(launch.spec, WeightsSpec)
         compiled = kernel if kernel is not None and is_weights else module(launch.spec)
         function = compiled.get_function(entry_of(launch.spec))
         counters = function(
             launch.grid,
             launch.block,
-            (params,),
+            args,
             shared_mem=launch.shared_bytes,
             options=options if is_weights else None,
         )

@@ -20,6 +20,7 @@ from tests.cases import (
     Capabilities,
     heads,
     on_every_backend,
+    on_general_backends,
     shapes,
     single,
 )
@@ -575,7 +576,8 @@ def test_a_mask_is_aligned_with_the_last_dims_of_the_scores_whatever_the_batch_o
 # ------------------------------------------------------------------------------------------------------------
 
 
-@on_every_backend
+# Kernels call a function once, with symbols: what they make of it is in test_mods.py.
+@on_general_backends
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_score_mod_is_given(dtype: str, backend: str) -> None:
     met: set[tuple[int, int, int, int]] = set()
@@ -605,6 +607,7 @@ def test_what_score_mod_is_given(dtype: str, backend: str) -> None:
     assert met == {(b, h, i, j) for b in range(6) for h in range(6) for i in range(4) for j in range(5)}
 
 
+@pytest.mark.runs_on_kernels
 @on_every_backend
 def test_coordinates_of_2_d_operands_are_zero_for_batch_and_head(backend: str) -> None:
     query, key, value = operands((4, 8), (5, 8), (5, 8))
@@ -616,6 +619,7 @@ def test_coordinates_of_2_d_operands_are_zero_for_batch_and_head(backend: str) -
     )
 
 
+@pytest.mark.runs_on_kernels
 @on_every_backend
 def test_mods_look_up_arrays_by_every_coordinate(backend: str) -> None:
     rng = np.random.default_rng(0)
@@ -633,6 +637,7 @@ def test_mods_look_up_arrays_by_every_coordinate(backend: str) -> None:
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.runs_on_kernels
 @on_every_backend
 @pytest.mark.parametrize("seqlen_k", [9, 1100])
 def test_a_mod_may_return_less_than_the_shape_of_the_scores(seqlen_k: int, backend: str) -> None:
@@ -644,7 +649,7 @@ def test_a_mod_may_return_less_than_the_shape_of_the_scores(seqlen_k: int, backe
     run(arguments, backend, mask_mod=lambda b, h, q_idx, kv_idx: np.True_)
 
 
-@on_every_backend
+@on_general_backends
 def test_an_error_in_a_mod_reaches_the_caller(backend: str) -> None:
     def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         raise KeyError("of the user")
@@ -654,7 +659,7 @@ def test_an_error_in_a_mod_reaches_the_caller(backend: str) -> None:
             cupyflash.attention(**case.arguments() | {"score_mod": score_mod}, backend=backend)
 
 
-@on_every_backend
+@on_general_backends
 def test_score_mod_may_change_its_score_in_place(backend: str) -> None:
     def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         score += 0.1 * kv_idx

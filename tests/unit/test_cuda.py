@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from dataclasses import replace
+from types import CellType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,11 @@ import pytest
 
 import cupyflash
 from cupyflash.backends import emulated, emulator
-from cupyflash.build import launch as launching
+from cupyflash.build import rendering
 from cupyflash.build.cache import Cache, default_cache
-from cupyflash.build.launch import render_kernel
 from cupyflash.build.nvrtc import compile_cubin
 from cupyflash.build.params import FWD_PARAMS, MERGE_PARAMS
+from cupyflash.build.rendering import render_kernel
 from cupyflash.plan.device import DEVICES, EMULATOR, DeviceSpec
 from cupyflash.plan.specs import FwdSpec, KernelSpec
 from cupyflash.plan.tiles import TileConfig
@@ -60,6 +61,10 @@ def on_gpu(arguments: dict[str, Any], kind: Any = Array) -> dict[str, Any]:
     def moved(x: Any) -> Any:
         if isinstance(x, tuple):
             return tuple(map(moved, x))
+        if isinstance(x, FunctionType):
+            found = {name: moved(value) for name, value in x.__globals__.items() if name in x.__code__.co_names}
+            cells = tuple(CellType(moved(cell.cell_contents)) for cell in x.__closure__ or ())
+            return FunctionType(x.__code__, found, x.__name__, x.__defaults__, cells)
         return kind(x) if isinstance(x, np.ndarray) else x
 
     return {name: moved(x) for name, x in arguments.items()}
@@ -70,15 +75,16 @@ def call(lengths: tuple[int, int] = (70, 90), **more: Any) -> dict[str, Any]:
 
 
 def emulated_launch(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """(name, grid, block, parameters, shared memory) of the emulator's launches; the kernels do not run."""
+    """(name, grid, block, parameters, those of mods, shared memory) of the emulator's launches, which do not run."""
     met: list[tuple[Any, ...]] = []
 
     class Recorder:
         def __init__(self, spec: KernelSpec) -> None:
-            self.name = launching.entry_of(spec)
+            self.name = rendering.entry_of(spec)
 
         def __call__(self, grid: Any, block: Any, args: Any, *, shared_mem: int, options: emulator.Options) -> None:
-            met.append((self.name, grid, block, args[0], shared_mem))
+            params, *mods = args
+            met.append((self.name, grid, block, params, b"".join(one.tobytes() for one in mods), shared_mem))
 
     with monkeypatch.context() as patch:
         patch.setattr(emulated, "_kernel", Recorder)
@@ -94,19 +100,31 @@ def check_launches(case: Case, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Non
     cupyflash.attention(**on_gpu(arguments))
     expected = emulated_launch(arguments, monkeypatch)
     assert len(gpu.launches) == len(expected)
-    for launch, (name, grid, block, params, shared_mem) in zip(gpu.launches, expected, strict=True):
+    for launch, (name, grid, block, params, mods, shared_mem) in zip(gpu.launches, expected, strict=True):
         assert (launch.name, launch.grid, launch.block, launch.shared_mem) == (name, grid, block, shared_mem)
+        assert launch.mods == mods
         met = np.frombuffer(launch.params, params.dtype)[0]
         for field in params.dtype.names or ():
-            if field in ("partial_out", "partial_lse", "weights"):  # each call makes its own
+            if field in ("partial_out", "partial_lse", "weights", "summary"):  # each call makes its own
                 assert (met[field] != 0) == (params[field] != 0)
             elif field == "lse":
                 has_lse = case.return_lse or case.return_weights
                 assert (met[field] != 0) == has_lse == (params[field] != 0)
             elif field in ("q", "k", "v", "out"):
                 check_tensor(met[field], params[field])
+            elif field == "scores":
+                check_scores(met[field], params[field])
             else:
                 assert (met[field] == params[field]).all(), field
+
+
+def check_scores(met: np.void, expected: np.void) -> None:
+    for name in met.dtype.names or ():
+        if name in ("summary", "mod_marks"):
+            assert (met[name]["data"] != 0) == (expected[name]["data"] != 0)
+            assert all((met[name][step] == expected[name][step]).all() for step in met[name].dtype.names[1:])
+        else:
+            assert (met[name] == expected[name]).all(), name
 
 
 def check_tensor(met: np.void, expected: np.void) -> None:
@@ -118,6 +136,47 @@ def check_tensor(met: np.void, expected: np.void) -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_launch_is_that_of_the_emulator(name: str, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     check_launches(KERNELS[name], gpu, monkeypatch)
+
+
+SLOPES = np.array([0.5, 0.25], np.float32)
+
+
+def test_mods_are_the_second_parameter(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arrays that they look up are found by address, as the emulator's are."""
+    for score_mod, mask_mod in (("look_up", "document"), ("look_up", None), (None, "checkers")):
+        check_launches(
+            heads(1, 2, 70, 200, 64, dtype="float16", score_mod=score_mod, mask_mod=mask_mod), gpu, monkeypatch
+        )
+        assert all(len(launch.mods) > 16 for launch in gpu.launches) == (score_mod is not None)
+        assert [launch.name for launch in gpu.launches] == [
+            *["flash_mod_summary"] * (mask_mod is not None),
+            "flash_fwd_sm80",
+        ]
+
+
+def test_a_mod_looks_up_arrays_of_the_query_s_library_and_device(gpu: Gpu) -> None:
+    slopes = SLOPES.copy()
+    for kind, error, words in (
+        (lambda array: array, TypeError, "must look up cupy arrays as query is one, but one was a numpy array"),
+        (ArrayElsewhere, ValueError, "on the device of query, stand-in device 0, but one was on stand-in device 1"),
+    ):
+        looked_up = kind(slopes)
+        with pytest.raises(error, match=words):
+            cupyflash.attention(**on_gpu(call()) | {"score_mod": lambda score, b, h, i, j, x=looked_up: score - x[h]})
+    assert not gpu.launches
+    looked_up = Array(slopes)
+    with pytest.raises(TypeError, match="must look up numpy arrays as query is one, but one was a "):
+        cupyflash.attention(
+            **call() | {"score_mod": lambda score, b, h, i, j: score - looked_up[h]}, backend="emulator"
+        )
+
+
+def test_a_mod_that_cannot_be_traced_says_where_it_can_run(gpu: Gpu) -> None:
+    with pytest.raises(cupyflash.Unsupported, match="decides an `if`") as caught:
+        cupyflash.attention(**on_gpu(call()) | {"score_mod": lambda score, b, h, i, j: score if i > j else -score})
+    assert f"{__file__}:" in str(caught.value)
+    assert 'backend="math"' in str(caught.value)
+    assert not gpu.launches
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 200])
@@ -150,7 +209,7 @@ def test_pointers_are_those_of_the_arrays(gpu: Gpu, monkeypatch: pytest.MonkeyPa
     arguments["query"] = arguments["query"][..., ::-1, :]
     arguments["out"] = np.empty((1, 2, 70, 64), np.float16)
     cupyflash.attention(**on_gpu(arguments))
-    ((*_, params, _),) = emulated_launch(arguments, monkeypatch)
+    ((*_, params, _, _),) = emulated_launch(arguments, monkeypatch)
     (launch,) = gpu.launches
     assert launch.params == params.tobytes()
     met = np.frombuffer(launch.params, params.dtype)[0]
@@ -204,7 +263,7 @@ def test_a_merge_launches_what_the_emulator_launches(
     outs, lses = parts(number)
     expected: list[tuple[Any, np.void]] = []
     with monkeypatch.context() as patch:
-        patch.setattr(emulated, "_run", lambda launch, params: expected.append((launch, params)))
+        patch.setattr(emulated, "_run", lambda launch, args: expected.append((launch, *args)))
         cupyflash.merge_attention(outs, lses, backend="emulator")
     out, lse = cupyflash.merge_attention(list(map(Array, outs)), list(map(Array, lses)))
     assert isinstance(out, Array)

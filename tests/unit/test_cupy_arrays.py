@@ -76,13 +76,14 @@ def test_out_and_weights_and_merge() -> None:
 
 
 def test_what_the_default_backend_cannot_run_is_refused_and_math_is_named() -> None:
+    wide = Array(np.zeros((2, 4, 9, 300), np.float32))
     with pytest.raises(cupyflash.Unsupported) as caught:
-        cupyflash.attention(Array(QUERY), Array(QUERY), Array(QUERY), score_mod=lambda score, b, h, i, j: score)
+        cupyflash.attention(wide, wide, wide)
     message = str(caught.value)
     assert "backend 'cuda' can't run this call" in message
-    assert "cuda: it has no score_mod" in message
+    assert "cuda: it has the head dims 256, but E was 300" in message
     assert 'backend="math"' in message
-    assert "L=9 S=9 E=8" in message
+    assert "L=9 S=9 E=300" in message
     assert set(caught.value.reasons) >= {"cuda", "numpy", "math"}
     assert caught.value.reasons["math"] == ()
 

@@ -9,7 +9,7 @@ import pytest
 
 import cupyflash
 from cupyflash.build import debug
-from cupyflash.build.launch import render_kernel
+from cupyflash.build.rendering import render_kernel
 from cupyflash.plan.choose import choose
 from cupyflash.plan.device import EMULATOR
 from cupyflash.problem.normalize import normalize

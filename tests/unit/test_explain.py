@@ -18,11 +18,12 @@ import cupyflash
 from cupyflash import explain
 from cupyflash.backends import cuda
 from cupyflash.backends.emulated import EmulatorBackend
-from cupyflash.build.launch import prepare
+from cupyflash.build.operands import prepare
 from cupyflash.plan.choose import choose
 from cupyflash.plan.device import DEVICES, EMULATOR
-from cupyflash.plan.specs import FwdSpec
+from cupyflash.plan.specs import FwdSpec, Mods
 from cupyflash.problem.normalize import normalize
+from cupyflash.problem.trace import trace_mask_mod, trace_score_mod
 from cupyflash.testing import LAYOUTS
 from tests import cupy_stand_in
 
@@ -115,9 +116,9 @@ def test_nothing_is_run_and_no_seed_is_drawn(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_all_reasons_and_the_way_out() -> None:
     x = half(2, 7, 64)
-    changed = {"score_mod": lambda score, b, h, i, j: score, "mask_mod": lambda b, h, i, j: i >= j}
-    found = explain(x, x, x, **changed, softcap=3.0, device="H200")
-    assert found.refusals == ("it has no score_mod", "it has no mask_mod")
+    wide = half(2, 7, 300)
+    found = explain(wide, wide, wide, device="H200")
+    assert [reason.split(" 32,")[0] for reason in found.refusals] == ["it has the head dims"]
     assert found.plan is None
     assert 'can run it\n  math: pass backend="math"' in str(found)
     tiny = replace(DEVICES["A100"], name="tiny", smem_per_block=8 << 10)
@@ -127,6 +128,25 @@ def test_all_reasons_and_the_way_out() -> None:
     x = np.zeros((2, 7, 64), ml_dtypes.bfloat16)
     volta = replace(DEVICES["T4"], name="V100", cc=(7, 0))
     assert explain(x, x, x, device=volta).refusals == ("bfloat16 needs compute capability 7.5 or later, V100 has 7.0",)
+
+
+def test_mods_are_traced() -> None:
+    x, slopes = half(2, 300, 64), np.ones(2, np.float32)
+    mods = {"score_mod": lambda score, b, h, i, j: score - slopes[h], "mask_mod": lambda b, h, i, j: i >= j}
+    found = explain(x, x, x, **mods, device="H200")
+    assert found.plan is not None
+    (forward,) = [launch.spec for launch in found.plan.launches if isinstance(launch.spec, FwdSpec)]
+    assert forward.features.mods == Mods(
+        trace_score_mod(mods["score_mod"]).expression, trace_mask_mod(mods["mask_mod"]).expression
+    )
+    assert f"{forward}: " in str(found)
+
+    found = explain(x, x, x, score_mod=lambda score, b, h, i, j: score if i > j else -score, device="H200")
+    assert found.plan is None
+    (reason,) = found.refusals
+    assert "(q_idx > kv_idx) decides an `if`" in reason
+    assert f"{__file__}:" in reason
+    assert 'can run it\n  math: pass backend="math"' in str(found)
 
 
 def test_a_batch_of_too_many_axes_is_refused_as_by_the_backend() -> None:

@@ -13,7 +13,8 @@ import pytest
 import cupyflash
 from cupyflash.backends.emulated import options_from
 from cupyflash.backends.emulator import Options
-from cupyflash.build.launch import launches, prepare
+from cupyflash.build.launch import launches
+from cupyflash.build.operands import prepare
 from cupyflash.build.params import COMBINE_PARAMS, FWD_PARAMS, SCORE_PARAMS, pack_combine, pack_forward, pack_scores
 from cupyflash.plan.choose import choose
 from cupyflash.plan.device import EMULATOR
@@ -31,7 +32,7 @@ def params_of(query: np.ndarray, key: np.ndarray, value: np.ndarray, **arguments
     problem, buffers = normalize(query, key, value, **arguments)
     plan = choose(problem, EMULATOR)
     operands = prepare(problem, plan, buffers, address)
-    ((_, params),) = launches(problem, plan, operands)
+    ((_, (params, _)),) = launches(problem, plan, operands)
     return params
 
 

@@ -113,11 +113,11 @@ def unaligned_zero_stride(n: int) -> np.ndarray:
     return np.broadcast_to(row, (1, n, n))
 
 
-KERNEL_FEATURES = {name: make for name, make in FEATURES.items() if not name.endswith("_mod")} | {
+KERNEL_FEATURES = FEATURES | {
     "float mask (L, S) of stride zero, unaligned": lambda n: {"attn_mask": unaligned_zero_stride(n)},
     "all at once": lambda n: {
         name: argument
-        for of in ("both masks", "alibi", "softcap", "sinks", "dropout", "lse")
+        for of in ("both masks", "alibi", "softcap", "sinks", "score_mod", "mask_mod", "dropout", "lse")
         for name, argument in FEATURES[of](n).items()
     },
 }

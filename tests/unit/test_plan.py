@@ -290,8 +290,10 @@ def test_a_gpu_without_kernels_is_named_with_the_way_out() -> None:
         ({"dtype": "int8"}, "it has no int8, only bfloat16, float16, float32, float64"),
         ({"head_dim": 300}, "it has the head dims 32, 64, 96, 128, 160, 192, 224, 256, but E was 300 and Ev was 300"),
         ({"head_dim_v": 257}, "it has the head dims 32, 64, 96, 128, 160, 192, 224, 256, but E was 128 and Ev was 257"),
-        ({"has_score_mod": True}, "it has no score_mod"),
-        ({"has_mask_mod": True}, "it has no mask_mod"),
+        (
+            {"seqlen_k": 2**27 + 1, "has_mask_mod": True},
+            f"it takes lengths up to {2**27} with mods, but B, Hq, L, S were (2, 16, 4096, {2**27 + 1})",
+        ),
         ({"precision": "tf32"}, "it has no precision 'tf32'"),
         ({"seqlen_k": 2**30}, f"it takes lengths up to {2**30 - 256}, but S was {2**30}"),
         ({"heads": 2**31}, f"it takes up to {2**31 - 1} tiles of queries, and these are more"),
@@ -304,8 +306,9 @@ def test_refusals(changes: dict[str, Any], reason: str) -> None:
 def test_no_refusal_of_what_there_is_and_all_of_what_is_not() -> None:
     assert refusals(problem()) == []
     everything = {"float_mask_dtype": "float32", "has_bool_mask": True, "softcap": 1.0, "has_alibi": True}
-    assert refusals(problem(**everything, has_sinks=True, dropout_p=0.1)) == []
-    assert len(refusals(problem(dtype="float64", has_score_mod=True, has_mask_mod=True))) == 2
+    everything |= {"has_sinks": True, "dropout_p": 0.1, "has_score_mod": True, "has_mask_mod": True}
+    assert refusals(problem(**everything)) == []
+    assert len(refusals(problem(**everything, head_dim=300, precision="tf32"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,22 @@ def test_equal_structure_is_one_kernel() -> None:
         assert other.expression != first.expression
 
 
+def test_a_number_that_is_used_again_is_one_number() -> None:
+    def function(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        for _ in range(1000):
+            score = score * 0.25 + kv_idx * scale
+        return score
+
+    scale = 100.5
+    assert len(trace_score_mod(function).numbers) == 2
+
+    def pair(x: float, y: float) -> Trace:
+        return trace_score_mod(lambda s, b, h, q, kv: s * x + kv * y)
+
+    # Equal numbers that are not one are two: they may differ the next time.
+    assert pair(float("0.3"), float("0.3")).expression == pair(0.3, 0.4).expression
+
+
 def test_unused_values_are_no_part_of_it() -> None:
     def function(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         np.exp(SLOPES[h] * 3.5)

@@ -1,0 +1,277 @@
+"""From a call's arrays to what its kernels are given: the arrays or copies of them, addresses, strides, workspace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import Unsupported
+from ..plan.specs import FwdSpec, Mods, Plan
+from ..problem.philox import dropout_threshold
+from ..problem.problem import Buffers, Problem
+from .mask_summary import MaskSummary, entries_once, summarize_mask
+from .modding import CallMods, ModSummary, summarize_mods
+from .params import BATCH_AXES, NO_SCORES, pack_scores
+from .rendering import mods_of
+from .strides import join_batch, steps_of
+
+__all__ = ["Copy", "Operands", "batch_refusals", "copies_of", "prepare"]
+
+# What a copy's rows begin at multiples of: as much as any kernel asks for.
+_COPY_ALIGNMENT = 16
+_NO_MASK = (0,) * (BATCH_AXES + 4)
+_NO_MARKS = (0,) * 4
+
+
+class Operands(NamedTuple):
+    """Arrays as kernels take them: elements of a row contiguous, rows at multiples of the plan's alignment."""
+
+    query: Any  # (*batch, Hq, L, E)
+    key: Any  # (*batch, Hk, S, E)
+    value: Any  # (*batch, Hv, S, Ev)
+    out: Any  # (*batch, Hq, L, Ev)
+    lse: Any  # (*batch, Hq, L) contiguous: the caller's, or a new one that weights need; or None
+    partial_out: Any  # (num_splits, *batch, Hq, L, Ev) accumulators, or None
+    partial_lse: Any  # (num_splits, *batch, Hq, L, 2), or None
+    weights: Any  # (*batch, Hq, L, S) contiguous, or None
+    # What of them goes into parameter blocks.
+    batch_shape: tuple[int, ...]  # BATCH_AXES of them
+    addresses: list[int]  # of the eight arrays, 0 for None
+    steps: list[Any]  # for each of the first four its strides in elements, as in a Tensor
+    scores: bytes  # SCORE_PARAMS
+    sinks: tuple[int, int]  # as in COMBINE_PARAMS: address, and whether they are float32
+    summary: MaskSummary | None  # of the bool mask by the plan's tiles
+    mod_summary: ModSummary | None  # of mask_mod
+    mod_args: dict[Mods, np.void]  # the second parameter of kernels with mods
+    kept: tuple[Any, ...]  # arrays that live as long as the call
+
+
+def prepare(
+    problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[Any], int], mods: CallMods | None = None
+) -> Operands:
+    """The operands of a call: the arrays themselves, or a copy of one whose rows a kernel can't take.
+
+    An `out` like that becomes a new array; the caller copies it back.  `address` gives an array's first byte.  `mods`
+    are what `plan` was chosen for.
+
+    Raises
+    ------
+    Unsupported
+        The batch has more axes than a kernel carries, after joining those that lie behind one another in every array.
+    """
+    itemsize = problem.element.storage.itemsize
+    alignment = _alignment(plan, itemsize)
+    arrays = [buffers.query, buffers.key, buffers.value, buffers.out]
+    addresses = [address(array) for array in arrays]
+    steps: list[Any] = [steps_of(array.shape, array.strides, itemsize, alignment) for array in arrays]
+    for i, array in enumerate(arrays):
+        if steps[i] is None or (addresses[i] % alignment and array.size):
+            make = _empty_rows_like if array is buffers.out else _copy
+            arrays[i] = array = make(array, problem.namespace)
+            addresses[i], steps[i] = address(array), steps_of(array.shape, array.strides, itemsize, 1)
+
+    batch_shape = problem.batch_shape
+    masks = [] if problem.has_plain_scores else _masks(buffers, address)
+    summary = None
+    if problem.has_bool_mask:
+        summary = _summary_for(plan, masks[-1], problem.namespace, address)
+    steps += [_mask_steps(mask) for mask in (*masks, *([summary.array] if summary else ()))]
+    if len(batch_shape) > BATCH_AXES:
+        batch_shape, steps = join_batch(batch_shape, tuple(steps))
+    mod_summary: ModSummary | None = None
+    mod_args: dict[Mods, np.void] = {}
+    mod_arrays: tuple[Any, ...] = ()
+    if mods is not None:
+        mod_summary = summarize_mods(mods, problem, plan, buffers, address)
+        mod_args, mod_arrays = _pack_mods(mods, problem, plan, buffers, address)
+    scores, sinks, kept = NO_SCORES, (0, 0), ()
+    if problem.has_sinks or not problem.has_plain_scores:
+        marks = mod_summary.marks if mod_summary else _NO_MARKS
+        scores, sinks, kept = _scores(problem, buffers, masks, summary, marks, steps[4:], address)
+    accumulator, xp = problem.element.accumulator, problem.namespace
+    lse, partial_out, partial_lse = buffers.lse, None, None
+    if lse is None and buffers.weights is not None and not problem.stops_at_scores:
+        lse = xp.empty(buffers.out.shape[:-1], accumulator)
+    if plan.num_splits > 1:
+        partial_out = xp.empty((plan.num_splits, *buffers.out.shape), accumulator)
+        partial_lse = xp.empty((*partial_out.shape[:-1], 2), accumulator)
+    workspace = (lse, partial_out, partial_lse, buffers.weights)
+    for array in workspace:
+        addresses.append(0 if array is None else address(array))
+    return Operands(
+        *(arrays[0], arrays[1], arrays[2], arrays[3]),
+        *workspace,
+        (1,) * (BATCH_AXES - len(batch_shape)) + batch_shape,
+        addresses,
+        steps[:4],
+        scores,
+        sinks,
+        summary,
+        mod_summary,
+        mod_args,
+        (*kept, *mod_arrays),
+    )
+
+
+def _pack_mods(
+    mods: CallMods, problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[Any], int]
+) -> tuple[dict[Mods, np.void], tuple[Any, ...]]:
+    """For each kernel its second parameter; and the arrays that those point to."""
+    found = {mods_of(launch.spec) for launch in plan.launches} - {None}
+    packed = {one: mods.pack(one, problem, buffers, address) for one in found if one is not None}
+    arrays = [array for one in packed.values() for array in one.arrays]
+    return {one: block.args for one, block in packed.items()}, tuple(arrays)
+
+
+def _masks(buffers: Buffers, address: Callable[[Any], int]) -> list[Any]:
+    """The float and the bool mask that there are; copied where elements do not lie at multiples of their size."""
+    masks = [mask for mask in (buffers.float_mask, buffers.bool_mask) if mask is not None]
+    return [entries_once(m).copy() if any(n % m.itemsize for n in (address(m), *m.strides)) else m for m in masks]
+
+
+def _packed(array: Any, address: Callable[[Any], int]) -> Any:
+    """The array itself if its elements follow one another at multiples of their size, else a copy."""
+    return array if array.flags.c_contiguous and address(array) % array.itemsize == 0 else array.copy()
+
+
+def _summary_for(plan: Plan, mask: Any, xp: Any, address: Callable[[Any], int]) -> MaskSummary | None:
+    """Which tiles of the forward kernel are empty or whole; None where that says nothing.
+
+    A tile whose rows are queries of several heads has a place in the summary only if they all see the same keys.
+    """
+    tile = next((launch.spec.tile for launch in plan.launches if isinstance(launch.spec, FwdSpec)), None)
+    if tile is None or mask.shape[-1] <= tile.block_n:
+        return None
+    same_for_rows = all(n == 1 or step == 0 for n, step in zip(mask.shape[-3:-1], mask.strides[-3:-1], strict=True))
+    if plan.pack > 1 and not same_for_rows:
+        return None
+    return summarize_mask(mask, tile.block_m, tile.block_n, xp, address)
+
+
+def _mask_steps(mask: Any) -> tuple[int, ...]:
+    """Elements between a mask's entries along each batch axis, between heads, queries and keys."""
+    steps = [0 if n == 1 else s // mask.itemsize for n, s in zip(mask.shape, mask.strides, strict=True)]
+    return (0,) * (BATCH_AXES + 3 - len(steps)) + tuple(steps)
+
+
+def _scores(
+    problem: Problem,
+    buffers: Buffers,
+    masks: list[Any],
+    summary: MaskSummary | None,
+    marks: tuple[int, int, int, int],
+    steps: list[Any],
+    address: Callable[[Any], int],
+) -> tuple[bytes, tuple[int, int], tuple[Any, ...]]:
+    """What the kernels have to know of everything but the band: SCORE_PARAMS; the sinks; arrays to be kept."""
+    alibi_slopes, seed = buffers.alibi_slopes, buffers.seed
+    arrays = [*masks, *([summary.array] if summary else ())]
+    described = iter([(address(array), *step) for array, step in zip(arrays, steps, strict=True)])
+    float_mask = _NO_MASK if buffers.float_mask is None else next(described)
+    bool_mask = _NO_MASK if buffers.bool_mask is None else next(described)
+    sinks, sinks_of = (0, 0), None
+    if buffers.sinks is not None:
+        sinks_of = _packed(buffers.sinks, address)
+        sinks = (address(sinks_of), int(sinks_of.dtype == np.float32))
+    if alibi_slopes is not None:
+        alibi_slopes = _packed(alibi_slopes, address)
+    seed_is_array = seed is not None and not isinstance(seed, int)
+    if seed_is_array:
+        seed = _packed(seed, address)
+    p = problem.dropout_p
+    params = pack_scores(
+        *float_mask,
+        *bool_mask,
+        *next(described, _NO_MASK),
+        *marks,
+        0 if alibi_slopes is None else address(alibi_slopes),
+        sinks[0],
+        address(seed) if seed_is_array else 0,
+        seed if seed is not None and not seed_is_array else 0,
+        _softcap(problem),
+        0.0 if p == 1 else 1 / (1 - p),
+        min(dropout_threshold(p), 2**32 - 1),
+        problem.shift if problem.has_alibi else 0,
+        problem.num_heads_q if alibi_slopes is not None and alibi_slopes.shape[0] > 1 else 0,
+        sinks[1],
+    )
+    return params.tobytes(), sinks, (*masks, sinks_of, alibi_slopes, seed)
+
+
+def _softcap(problem: Problem) -> float:
+    """As an accumulator holds it; 0, which caps nothing, where it is beyond the range, and where there is none."""
+    limits = np.finfo(problem.element.accumulator)
+    softcap = abs(problem.softcap)
+    return 0.0 if softcap == 0 or softcap > float(limits.max) else max(softcap, float(limits.tiny))
+
+
+class Copy(NamedTuple):
+    """An operand that `prepare` does not take as it is."""
+
+    operand: str  # "query", "key", "value" or "out"
+    reason: str
+    nbytes: int  # of the new array
+
+
+def copies_of(plan: Plan, buffers: Buffers, address: Callable[[Any], int]) -> list[Copy]:
+    """What `prepare` would copy, and why, without doing it."""
+    copies = []
+    for name in ("query", "key", "value", "out"):
+        array = getattr(buffers, name)
+        itemsize = array.dtype.itemsize
+        alignment = _alignment(plan, itemsize)
+        if steps_of(array.shape, array.strides, itemsize, alignment) is None:
+            reason = f"rows do not all begin at multiples of {alignment} bytes (strides {array.strides})"
+            if array.shape[-1] != 1 and array.strides[-1] != itemsize:
+                reason = f"rows are not contiguous: {array.strides[-1]} bytes between elements of {itemsize}"
+        elif array.size and address(array) % alignment:
+            reason = f"it does not begin at a multiple of {alignment} bytes"
+        else:
+            continue
+        shape = array.shape if name == "out" else _once(array).shape
+        copies.append(Copy(name, reason, math.prod(_padded_rows(shape, itemsize)) * itemsize))
+    return copies
+
+
+def batch_refusals(problem: Problem, buffers: Buffers) -> list[str]:
+    """Why `prepare` would refuse the batch, without preparing anything; empty if it would not."""
+    shape = problem.batch_shape
+    if len(shape) <= BATCH_AXES:
+        return []
+    arrays = (buffers.query, buffers.key, buffers.value, buffers.out)
+    steps = [tuple([0 if n == 1 else step for n, step in zip(shape, a.strides, strict=False)]) for a in arrays]
+    try:
+        join_batch(shape, tuple(steps))
+    except Unsupported as error:
+        return list(error.reasons["cuda"])
+    return []
+
+
+def _alignment(plan: Plan, itemsize: int) -> int:
+    # Strides of less than an element would leave the kernels' strides, which count elements, with a remainder.
+    return max(plan.row_alignment, itemsize)
+
+
+def _copy(array: Any, xp: Any) -> Any:
+    """A copy in rows that fit, in which what is repeated by a stride of 0 is still there once."""
+    once = _once(array)
+    copy = _empty_rows_like(once, xp)
+    copy[...] = once
+    return xp.broadcast_to(copy, array.shape)
+
+
+def _once(array: Any) -> Any:
+    return array[tuple([slice(None, 1) if stride == 0 else slice(None) for stride in array.strides[:-1]])]
+
+
+def _empty_rows_like(array: Any, xp: Any) -> Any:
+    """A new array whose rows begin at multiples of _COPY_ALIGNMENT bytes."""
+    return xp.empty(_padded_rows(array.shape, array.dtype.itemsize), array.dtype)[..., : array.shape[-1]]
+
+
+def _padded_rows(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    step = _COPY_ALIGNMENT // itemsize
+    return (*shape[:-1], -(-shape[-1] // step) * step)

@@ -1,0 +1,103 @@
+"""From a KernelSpec to its kernel's source: the constants, types and checks that stand before the file."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from ..plan.specs import CombineSpec, FwdSpec, KernelSpec, MaskSummarySpec, MergeSpec, Mods, ModSummarySpec, WeightsSpec
+from ..problem.dtypes import dtype_named
+from ..problem.problem import STAGES
+from .functor import render_mods
+from .params import (
+    COMBINE_PARAMS,
+    FWD_PARAMS,
+    MASK,
+    MERGE_PARAMS,
+    MOD_MARKS,
+    MOD_SUMMARY_PARAMS,
+    PART,
+    SCORE_PARAMS,
+    SUMMARY_PARAMS,
+    TENSOR,
+    layout_checks,
+)
+from .source import ConfigValue, KernelSource, render
+
+__all__ = ["entry_of", "mods_of", "render_kernel"]
+
+_ELEMENTS = {"float16": "Float16", "bfloat16": "BFloat16", "float32": "float", "float64": "double"}
+_STRUCTURES = {
+    "Tensor": TENSOR,
+    "Mask": MASK,
+    "ModMarks": MOD_MARKS,
+    "ScoreParams": SCORE_PARAMS,
+    "FwdParams": FWD_PARAMS,
+    "CombineParams": COMBINE_PARAMS,
+    "SummaryParams": SUMMARY_PARAMS,
+    "ModSummaryParams": MOD_SUMMARY_PARAMS,
+    "Part": PART,
+    "MergeParams": MERGE_PARAMS,
+}
+
+
+def entry_of(spec: KernelSpec) -> str:
+    """The name of the kernel's entry."""
+    return f"flash_{spec.family}"
+
+
+@lru_cache(maxsize=256)
+def render_kernel(spec: KernelSpec) -> KernelSource:
+    """The kernel's source over the constants of `spec`, with checks that it and build/params.py agree."""
+    source = render(f"{spec.family}.cu", _constants(spec), [entry_of(spec)], str(spec), _types(spec))
+    checks = "".join(layout_checks(name, dtype) for name, dtype in _STRUCTURES.items())
+    return KernelSource(source.name, source.text + checks, source.entries)
+
+
+def _types(spec: KernelSpec) -> str:
+    """ScoreMod, MaskMod and ModArgs, for the kernels that apply mods."""
+    if not isinstance(spec, FwdSpec | WeightsSpec | ModSummarySpec):
+        return ""
+    mods = mods_of(spec) or Mods()
+    return f'#include "mods.cuh"\n{render_mods(mods.score, mods.mask)}'
+
+
+def mods_of(spec: KernelSpec) -> Mods | None:
+    return spec.features.mods if isinstance(spec, FwdSpec | WeightsSpec) else getattr(spec, "mods", None)
+
+
+def _constants(spec: KernelSpec) -> dict[str, ConfigValue]:
+    if isinstance(spec, MaskSummarySpec | ModSummarySpec):
+        return {"kTilesPerBlock": spec.tiles_per_block}
+    if isinstance(spec, MergeSpec):
+        elements = {"Element": _ELEMENTS[spec.dtype], "OutElement": _ELEMENTS[spec.out_dtype]}
+        return elements | {"kRowsPerBlock": spec.rows_per_block}
+    if isinstance(spec, CombineSpec):
+        return {"Element": _ELEMENTS[spec.dtype], "kNumThreads": spec.num_threads, "kRowsPerBlock": spec.rows_per_block}
+    features = spec.features
+    constants: dict[str, ConfigValue] = {
+        "Element": _ELEMENTS[spec.dtype],
+        "kBlockM": spec.tile.block_m,
+        "kBlockN": spec.tile.block_n,
+        "kNumWarps": spec.tile.num_warps,
+        "kSharedBytes": spec.shared_bytes,
+        "kHasLower": features.has_lower,
+        "kHasUpper": features.has_upper,
+        "FloatMask": _ELEMENTS[features.float_mask] if features.float_mask else "NoMask",
+        "kHasBoolMask": features.bool_mask,
+        "kChangesScores": features.changed,
+        "kDropout": features.dropout,
+    }
+    if isinstance(spec, WeightsSpec):
+        dtype = dtype_named(spec.dtype)
+        written = spec.dtype if spec.stage == "softmax" else dtype.accumulator.name
+        stage = STAGES.index(spec.stage)
+        return constants | {"Written": _ELEMENTS[written], "kStage": stage, "kPacked": False, "kSplit": False}
+    return constants | {
+        "kBaseline": spec.baseline,
+        "kHeadDim": spec.head_dim,
+        "kHeadDimV": spec.head_dim_v,
+        "kQInRegisters": spec.tile.q_in_registers,
+        "kScaleFirst": features.scale_first,
+        "kPacked": spec.packed,
+        "kSplit": spec.split,
+    }
