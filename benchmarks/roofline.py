@@ -2,7 +2,7 @@
 
     python benchmarks/roofline.py                              the benchmark's cases on an H200
     python benchmarks/roofline.py --specs [--match d128]       every kernel that plans may name
-    python benchmarks/roofline.py --results FILE.json          beside what bench_gpu.py measured
+    python benchmarks/roofline.py --results [FILE.json]        beside what bench_gpu.py measured
     python benchmarks/roofline.py --write [--check]            docs/roofline.md
 
 A kernel is a step, repeated for each tile of keys.  Its instructions are read off the compiled cubin: the loop around
@@ -57,6 +57,7 @@ from cupyflash.tools.kernels import specs_of
 
 Report: TypeAlias = dict[str, Any]
 
+RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "roofline.md"
 LAUNCH_SECONDS = 2e-6  # assumed: between the end of one kernel and the first instructions of the next
 ISSUED, XU_LANES, ALU_LANES = 4, 16, 64  # warp instructions, and lanes, in a cycle of an SM
@@ -519,6 +520,16 @@ def compared_lines(report: Report, device: DeviceSpec) -> Iterator[str]:
         yield f"{case.name:34} {rates.clock:>6.2f}{times} {part:>6.0%}  {found.limit}"
 
 
+def newest(path: Path) -> Path:
+    """The file itself, or of a folder's results the last.  Raises ValueError where there are none."""
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("gpu-*.json"), key=lambda file: file.stat().st_mtime)
+    if not found:
+        raise ValueError(f"{path} has no results of a GPU: run benchmarks/bench_gpu.py")
+    return found[-1]
+
+
 def device_of_report(report: Report) -> DeviceSpec:
     """The known GPU of a result file.  Raises ValueError where it is not known."""
     name = report["machine"]["name"]
@@ -565,7 +576,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="H200", choices=RATES, metavar="NAME", help=f"one of {', '.join(RATES)}")
     parser.add_argument("--specs", action="store_true", help="every kernel rather than the benchmark's cases")
     parser.add_argument("--match", default="", metavar="TEXT", help="only kernels or cases whose name holds TEXT")
-    parser.add_argument("--results", type=Path, metavar="FILE.json", help="compare with what bench_gpu.py wrote")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        nargs="?",
+        const=RESULTS,
+        metavar="FILE.json",
+        help="compare with what bench_gpu.py wrote (default: the newest)",
+    )
     parser.add_argument("--write", action="store_true", help="write docs/roofline.md")
     parser.add_argument("--check", action="store_true", help="only say whether docs/roofline.md has every case")
     given = parser.parse_args(arguments)
@@ -579,7 +597,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         if given.results is not None:
-            report = json.loads(given.results.read_text(encoding="utf-8"))
+            report = json.loads(newest(given.results).read_text(encoding="utf-8"))
             lines: Iterator[str] = compared_lines(report, device_of_report(report))
         elif given.specs:
             lines = spec_lines(DEVICES[given.device], given.match)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -231,6 +232,17 @@ def test_measurements_are_set_beside_it(roofline: ModuleType, disassembler: str)
     assert 99 <= part <= 101
     with pytest.raises(ValueError, match="Voodoo is none of the GPUs"):
         roofline.device_of_report({"machine": {"name": "Voodoo"}})
+
+
+def test_the_newest_results(roofline: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert roofline.main(["--results", str(tmp_path)]) == 1
+    assert "has no results of a GPU" in capsys.readouterr().err
+    for age, name in enumerate(("gpu-b.json", "gpu-a.json")):
+        (tmp_path / name).write_text('{"machine": {"name": "NVIDIA H200"}, "results": []}')
+        os.utime(tmp_path / name, (age, age))
+    assert roofline.newest(tmp_path) == tmp_path / "gpu-a.json"
+    assert roofline.main(["--results", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("case ")
 
 
 def test_every_known_gpu_has_rates(roofline: ModuleType) -> None:
