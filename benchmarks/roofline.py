@@ -44,8 +44,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the kernels of t
 from gpu_workloads import CASES, EVERYTHING, FEATURES, Case
 
 from cupyflash.build.cache import default_cache
-from cupyflash.build.launch import render_kernel
 from cupyflash.build.nvrtc import compile_cubin
+from cupyflash.build.rendering import render_kernel
 from cupyflash.plan.choose import choose
 from cupyflash.plan.device import DEVICES, DeviceSpec
 from cupyflash.plan.specs import Features, FwdSpec, Plan

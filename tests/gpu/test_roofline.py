@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from cupyflash.build.cache import default_cache
-from cupyflash.build.launch import entry_of, render_kernel
 from cupyflash.build.nvrtc import compile_cubin
+from cupyflash.build.rendering import entry_of, render_kernel
 from cupyflash.plan.choose import choose
 from cupyflash.plan.device import DEVICES
 from cupyflash.plan.specs import Features, FwdSpec
