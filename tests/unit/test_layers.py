@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).parents[2] / "cupyflash"
 
 # Without the leading "cupyflash."; a folder's own __init__ goes by the folder's name, the package's by "".
 ORDER = [
+    "version",
     "errors",
     "hashing",
     "problem",
@@ -64,6 +65,7 @@ ORDER = [
     "backends.tensormap",
     "backends.emulator",
     "backends.emulated",
+    "backends.tuned",
     "backends.cuda",
     "backends.registry",
     "mods",
@@ -72,6 +74,7 @@ ORDER = [
     "formulas",
     "api",
     "explain",
+    "tune",
     "",
     "testing",
     "tools",
@@ -87,6 +90,7 @@ SHARED = {
     "backends.tiled": {"backends.blas", "backends.block", "backends.joining", "backends.pool", "backends.slices"},
     "backends.block": {"backends.scratch", "backends.slices"},
     "backends.emulated": {"backends.emulator"},
+    "backends.cuda": {"backends.tuned"},
     "backends.registry": {"backends.cuda", "backends.emulated", "backends.reference", "backends.tiled"},
 }
 
