@@ -82,8 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.list:
         print(*specs, sep="\n")
         return 0
-    rows = kernel_rows(specs, device.arch, default_cache().folder, num_threads())
-    print(f"{sum(1 for _ in rows)} kernels for {device.name} are in {default_cache().folder}")
+    by_arch: dict[str, list[KernelSpec]] = {}
+    for spec in specs:
+        # Instructions of one architecture alone need its suffix.
+        by_arch.setdefault(f"{device.arch}a" if spec.family == "fwd_sm90" else device.arch, []).append(spec)
+    folder = default_cache().folder
+    built = sum(1 for arch in by_arch for _ in kernel_rows(by_arch[arch], arch, folder, num_threads()))
+    print(f"{built} kernels for {device.name} are in {folder}")
     return 0
 
 

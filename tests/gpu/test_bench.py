@@ -498,6 +498,7 @@ def test_a_run_writes_its_report(without_gpu: ModuleType, tables: ModuleType, tm
         assert row["ratios"]["flash"]["median"] == pytest.approx(3.0)
         assert row["clocks"] == {"sm_mhz": 1700.0}
     assert (plain["yardstick"], memory["yardstick"]) == ("gemm", "copy")
+    assert set(plain["ratios"]) == {"cudnn", "flash"}  # a yardstick is no rival
     # A replay is of all sets, so a call takes its part of the time.
     sets = without_gpu.CASES[1].sets(1 << 20)
     assert sets > 10

@@ -185,6 +185,16 @@ def test_what_cannot_be_used_is_passed_over(monkeypatch: pytest.MonkeyPatch, tex
     assert clock.gpu.launches
 
 
+def test_a_kernel_that_cannot_run_is_not_taken() -> None:
+    device = dataclasses.replace(DEVICES["L40S"], name="imagined")
+    problem, _ = normalize(**heads(1, 2, 200, 64, 256, dtype="float16").arguments())
+    selector = choose.selector_of(problem, device)
+    (refused,) = (one.spec for one in choose.candidates(selector, device) if one.reasons)
+    chosen = choose.choose(problem, device)
+    choose.use_timed(device, {choose.key_of(selector): str(refused)})
+    assert choose.choose(problem, device) == chosen
+
+
 def test_another_version_has_found_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, small_is_fast)
     cupyflash.tune(*arrays())
