@@ -85,12 +85,16 @@ def sanitizer(tool: str) -> Command:
     return Command(tool, (*words, *python("-m", "tests.gpu.small_calls")), 30)
 
 
-# Speed of light of compute and memory, what warps wait for, occupancy: not all counters, for each group of them is one
-# more run of the kernel.  The clocks stay as they are: locked ones are slower, and others may use the GPU after us.
+# Speed of light of compute and memory, what each pipe does, what warps wait for: not all counters, for each group of
+# them is one more run of the kernel.  The clocks stay as they are: others may use the GPU after us.
 NCU = (
     *("ncu", "--clock-control", "none", "--kernel-name", "regex:flash_", "--print-summary", "per-kernel"),
-    *(word for section in ("SpeedOfLight", "WarpStateStats", "Occupancy") for word in ("--section", section)),
-    *("--metrics", "l1tex__data_bank_conflicts_pipe_lsu.sum,sm__inst_executed.sum,sm__pipe_tensor_cycles_active.avg"),
+    *(
+        word
+        for section in ("SpeedOfLight", "ComputeWorkloadAnalysis", "WarpStateStats")
+        for word in ("--section", section)
+    ),
+    *("--metrics", "l1tex__data_bank_conflicts_pipe_lsu.sum,sm__inst_executed.sum"),
 )
 
 STAGES = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import json
 import pickle
 import sys
@@ -303,6 +304,10 @@ def test_without_a_gpu() -> None:
     with pytest.raises(cupyflash.Unsupported, match="this call can't be timed: it takes CuPy arrays only") as refusal:
         cupyflash.tune(query, query, query)
     assert refusal.value.reasons["cuda"]
+
+
+def test_the_example() -> None:
+    assert doctest.testmod(sys.modules["cupyflash.tune"]) == (0, 4)  # cupyflash.tune is the function
 
 
 def test_a_cache_that_cannot_be_used_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
