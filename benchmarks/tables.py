@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,12 @@ MARKER = re.compile(r"<!-- (?:generated|end): ([\w-]+) -->")
 NOT_MEASURED = "Not measured yet.\n"
 OTHERS = {"numpy": "vs materialising NumPy", "torch": "vs PyTorch"}
 GPU_OTHERS = {"cudnn": "vs cuDNN", "flash": "vs FlashAttention-2", "efficient": "vs memory-efficient"}
+HOST_COLUMNS = {
+    "cupyflash": "cupyflash",
+    "cupyflash, out=": "with out=",
+    "torch": "PyTorch's SDPA",
+    "graph replay": "graph replay",
+}
 
 
 def load_reports(kind: str, folder: Path = RESULTS) -> list[Report]:
@@ -62,19 +69,31 @@ def feature_table(reports: Sequence[Report]) -> str:
 
 
 def gpu_table(reports: Sequence[Report]) -> str:
-    """Case, our rate, and the ratio to each of PyTorch's backends with its quartiles."""
+    """Case, our rate, its part of the yardstick's, and the ratio to each of PyTorch's backends with its quartiles."""
 
     def ratio(row: Report, name: str) -> str:
         found = row["ratios"].get(name)
         return "–" if found is None else f"{found['median']:.2f}× ({found['low']:.2f} to {found['high']:.2f})"
 
     def cells(row: Report) -> list[str]:
-        ours = row[row["unit"]].get("cupyflash")
+        ours, part = row[row["unit"]].get("cupyflash"), row["of_yardstick"].get("cupyflash")
         rate = "–" if ours is None else f"{ours:.0f} {row['unit']}"
-        return [row["name"], rate, *(ratio(row, name) for name in GPU_OTHERS)]
+        share = "–" if part is None else f"{100 * part:.0f} %"
+        return [row["name"], rate, share, *(ratio(row, name) for name in GPU_OTHERS)]
 
-    columns = ["case", "cupyflash", *GPU_OTHERS.values()]
+    columns = ["case", "cupyflash", "of GEMM or copy", *GPU_OTHERS.values()]
     return join_machines(reports, columns, cells, ("speed",), gpu_caption)
+
+
+def host_table(reports: Sequence[Report]) -> str:
+    """The time until a call returns to Python, on a GPU that is done sooner."""
+
+    def cells(row: Report) -> list[str]:
+        taken = (row["seconds"].get(name) for name in HOST_COLUMNS)
+        return [row["name"], *("–" if told is None else format_seconds(told["median"]) for told in taken)]
+
+    columns = ["call", *HOST_COLUMNS.values()]
+    return join_machines(reports, columns, cells, ("host",), lambda report: f"{report['machine']['name']}, as above.")
 
 
 def overhead_table(reports: Sequence[Report]) -> str:
@@ -227,11 +246,19 @@ def overhead_caption(report: Report) -> str:
 def gpu_caption(report: Report) -> str:
     """The GPU, its clock, the versions, the commit and the command."""
     machine = report["machine"]
-    clock = report["clocks"].get("after", {}).get("clocks.sm")
+    told = [row.get("clocks") or {} for row in report["results"]]
+    means = {name: [one[name] for one in told if name in one] for name in ("sm_mhz", "watts")}
+    under_load = " and ".join(
+        f"{statistics.median(means[name]):.0f} {unit}"
+        for name, unit in (("sm_mhz", "MHz"), ("watts", "W"))
+        if means[name]
+    )
     return (
-        f"{machine['name']}{f' at {clock}' if clock else ''}, driver {machine['driver']}, NVRTC {machine['nvrtc']}, "
+        f"{machine['name']}{under_load and f' at {under_load}'}, driver {machine['driver']}, NVRTC {machine['nvrtc']}, "
         f"CuPy {machine['cupy']}; PyTorch {machine['torch']} with cuDNN {machine['cudnn']}; {origin(report)}. "
-        "Normal random inputs; ratios are the other's time over ours in the same round: median and quartiles."
+        "Normal random inputs; beside our rate stands its part of that of a large "
+        "product or copy which took turns with it. Ratios are the other's time over ours in the same round: median and "
+        "quartiles."
     )
 
 
@@ -262,6 +289,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-features": lambda: feature_table(load_reports("cpu")),
     "overhead": lambda: overhead_table(load_reports("overhead")),
     "gpu-performance": lambda: gpu_table(load_reports("gpu")),
+    "gpu-host": lambda: host_table(load_reports("gpu")),
     "kernels": kernel_table,
     "kernel-answers": refusal_table,
 }

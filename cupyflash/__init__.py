@@ -1,9 +1,9 @@
 """Scaled-dot-product attention for NumPy and CuPy arrays.
 
-`attention` is the library, and `explain` says what it would do.  `attention_weights`, `merge_attention`, `dropout_mask`
-and `flops` go with it; `mods` is a gallery of score and mask functions, and `trace_mod` shows one as C++.  `formulas`
-derives the algorithm step by step, and `register_backend` adds implementations.  `cupyflash.testing` has what its tests
-compare with.
+`attention` is the library, `explain` says what it would do, and `tune` chooses its kernel by the clock.
+`attention_weights`, `merge_attention`, `dropout_mask` and `flops` go with it; `mods` is a gallery of score and mask
+functions, and `trace_mod` shows one as C++.  `formulas` derives the algorithm step by step, and `register_backend` adds
+implementations.  `cupyflash.testing` has what its tests compare with.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from .explain import explain
 from .flops import flops
 from .merge import merge_attention
 from .problem.philox import dropout_mask
-
-__version__ = "0.1.0"
+from .tune import tune
+from .version import __version__
 
 __all__ = [
     "CupyflashError",
     "Unsupported",
+    "__version__",
     "attention",
     "attention_weights",
     "backends",
@@ -34,4 +35,5 @@ __all__ = [
     "mods",
     "register_backend",
     "trace_mod",
+    "tune",
 ]

@@ -266,7 +266,7 @@ def _copies(found: Explanation) -> list[str]:
 
 def _candidates(found: Explanation) -> list[str]:
     """One line each down to the choice and its like; one for all that pad the head dims more, or of another family."""
-    chosen = next(candidate.spec for candidate in found.candidates if not candidate.reasons)
+    chosen = next(one.spec for one in found.candidates if not one.reasons and not one.behind)
     lines: list[str] = []
     rest: dict[str, dict[str, None]] = {}
     reached = False

@@ -49,6 +49,7 @@ __all__ = [
     "MaskSpec",
     "Reference",
     "SinkSpec",
+    "acceptance",
     "assert_attention_close",
     "oracle",
     "random_case",
@@ -310,6 +311,14 @@ def assert_attention_close(
     case : a `Case`, or the keyword arguments of the call
     backend : who computed it; for the message only
     """
+    acceptance(case, stage=stage)(actual, backend)
+
+
+def acceptance(case: Case | Mapping[str, Any], *, stage: str | None = None) -> Callable[[Any, str | None], None]:
+    """`assert_attention_close` for many results of one call: what they must be is computed once.
+
+    Returns a function of the result and of who computed it.
+    """
     if isinstance(case, Case):
         about = f"{case!r}"
         asked = {"return_lse": case.return_lse, "return_weights": case.return_weights}
@@ -321,24 +330,27 @@ def assert_attention_close(
         asked = {name: case.get(name, False) for name in ("return_lse", "return_weights")}
         arguments, truth, plain = _reference(case, stage is not None)
     if stage is not None:
-        who = f"attention_weights(stage={stage!r})" + (f" on backend {backend!r}" if backend else "")
-        limit = _weights_limit if stage == "softmax" else _scores_limit
-        _judge(actual, stage, limit(truth, plain, stage, arguments), who, about, _reproducer(case, backend))
-        return
+        names, limit_of = [stage], {stage: _weights_limit if stage == "softmax" else _scores_limit}
+    else:
+        names = [
+            "out",
+            *(["lse"] if asked["return_lse"] else []),
+            *(["weights"] if asked["return_weights"] else []),
+        ]
+        limit_of = {"out": _out_limit, "lse": _lse_limit, "weights": _weights_limit}
+    limits = {name: limit_of[name](truth, plain, name, arguments) for name in names}
 
-    names = [
-        "out",
-        *(["lse"] if asked["return_lse"] else []),
-        *(["weights"] if asked["return_weights"] else []),
-    ]
-    results = actual if len(names) > 1 else (actual,)
-    who = "attention" + (f" on backend {backend!r}" if backend else "")
-    if not isinstance(results, tuple) or len(results) != len(names):
-        raise AssertionError(f"{who} must return a tuple ({', '.join(names)}), got {type(actual).__name__}\n  {about}")
-    limits = {"out": _out_limit, "lse": _lse_limit, "weights": _weights_limit}
-    for name, result in zip(names, results, strict=True):
-        limit_of = limits[name](truth, plain, name, arguments)
-        _judge(result, name, limit_of, who, about, _reproducer(case, backend))
+    def judge(actual: Any, backend: str | None = None) -> None:
+        who = "attention" if stage is None else f"attention_weights(stage={stage!r})"
+        who += f" on backend {backend!r}" if backend else ""
+        results = actual if len(names) > 1 else (actual,)
+        if not isinstance(results, tuple) or len(results) != len(names):
+            found = type(actual).__name__
+            raise AssertionError(f"{who} must return a tuple ({', '.join(names)}), got {found}\n  {about}")
+        for name, result in zip(names, results, strict=True):
+            _judge(result, name, limits[name], who, about, _reproducer(case, backend))
+
+    return judge
 
 
 class _Limit(NamedTuple):

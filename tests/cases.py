@@ -6,7 +6,7 @@ A backend joins by a row in BACKENDS; a rule of the contract, by a row in CASES.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import settings
@@ -86,6 +86,24 @@ def single(seqlen_q: int, seqlen_k: int, head_dim: int = 16, **arguments: object
 
 def shapes(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], **arguments: object) -> Case:
     return Case(query_shape=query, key_shape=key, value_shape=value, **arguments)  # type: ignore[arg-type]
+
+
+def resized(case: Case, seqlen_q: int, seqlen_k: int, head_dim: int, head_dim_v: int) -> Case:
+    """The case with other lengths and head dims; masks broadcast along the axes along which they did."""
+    lengths = (seqlen_q, seqlen_k)
+
+    def mask_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+        rank = min(2, len(shape))
+        ends = [1 if n == 1 else new for n, new in zip(shape[-2:], lengths[2 - rank :], strict=True)]
+        return (*shape[:-2], *ends)
+
+    return replace(
+        case,
+        query_shape=(*case.query_shape[:-2], seqlen_q, head_dim),
+        key_shape=(*case.key_shape[:-2], seqlen_k, head_dim),
+        value_shape=(*case.value_shape[:-2], seqlen_k, head_dim_v),
+        masks=tuple(spec._replace(shape=mask_shape(spec.shape)) for spec in case.masks),
+    )
 
 
 def numbered(name: str, cases: Iterable[tuple[object, Case]]) -> dict[str, Case]:

@@ -12,6 +12,7 @@ every architecture, and, with a stand-in for CuPy, that the launches here are th
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -21,16 +22,17 @@ from ..build.cache import default_cache
 from ..build.debug import show_launch
 from ..build.launch import launches
 from ..build.merging import merge_parts, merge_refusals
-from ..build.modding import trace_mods
+from ..build.modding import CallMods, trace_mods
 from ..build.nvrtc import compile_cubin, nvrtc_version
 from ..build.operands import prepare
 from ..build.rendering import entry_of, render_kernel
 from ..errors import Unsupported
-from ..plan.choose import choose, refusals
+from ..plan.choose import choose, refusals, use_timed
 from ..plan.device import DeviceSpec
-from ..plan.specs import KernelSpec, Launch
+from ..plan.specs import KernelSpec, Launch, Plan
 from ..problem.parts import Parts
 from ..problem.problem import Buffers, Problem
+from .tuned import load
 
 __all__ = ["CudaBackend", "device_spec"]
 
@@ -57,6 +59,19 @@ class CudaBackend:
                 _run(cupy, device.id, launch, args)
             if operands.out is not buffers.out:
                 buffers.out[...] = operands.out
+
+    def prepared(self, problem: Problem, buffers: Buffers, plan: Plan, mods: CallMods | None) -> Callable[[], None]:
+        """The launches of a plan, ready to be repeated on the current device, which is that of the arrays."""
+        cupy, device = problem.namespace, buffers.query.device
+        operands = prepare(problem, plan, buffers, _address, mods)
+        ready = list(launches(problem, plan, operands))
+
+        def run() -> None:
+            assert operands is not None  # their arrays live as long as this function
+            for launch, args in ready:
+                _run(cupy, device.id, launch, args)
+
+        return run
 
     def merge_reasons(self, parts: Parts) -> list[str]:
         """See `cupyflash.backends.registry.Merger`."""
@@ -108,9 +123,9 @@ def _address(array: Any) -> int:
 
 @lru_cache(maxsize=64)
 def device_spec(cupy: Any, device_id: int) -> DeviceSpec:
-    """What CuPy says of a device."""
+    """What CuPy says of a device; the choice of kernels then knows what was timed on it."""
     properties = cupy.cuda.runtime.getDeviceProperties(device_id)
-    return DeviceSpec(
+    found = DeviceSpec(
         name=properties["name"].decode(),
         cc=(properties["major"], properties["minor"]),
         sms=properties["multiProcessorCount"],
@@ -118,6 +133,8 @@ def device_spec(cupy: Any, device_id: int) -> DeviceSpec:
         smem_per_sm=properties["sharedMemPerMultiprocessor"],
         l2=properties["l2CacheSize"],
     )
+    use_timed(found, load(found))
+    return found
 
 
 @lru_cache(maxsize=1024)

@@ -1,4 +1,4 @@
-"""The choice of kernels: candidates → reasons against them → the choice.
+"""The choice of kernels: candidates → reasons against them → the choice, by the clock where `tune` asked it.
 
 `choose` turns a `Problem` into a `Plan`.  Which kernel it names depends on the `Selector` alone, not on exact lengths,
 and nothing but the number of splits hangs on S, so that a loop over growing keys finds all the rest again.
@@ -6,9 +6,10 @@ and nothing but the number of splits hangs on S, so that a loop over growing key
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import attrgetter
@@ -32,10 +33,12 @@ __all__ = [
     "choose",
     "choose_spec",
     "every_spec",
+    "key_of",
     "num_splits",
     "pack_of",
     "refusals",
     "selector_of",
+    "use_timed",
 ]
 
 # The kernel's indices are int32: the sum of two lengths, and of the rows that fill up a tile, has to fit. The rows of
@@ -142,13 +145,15 @@ def _refused(asked: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(reasons)
 
 
-def choose(problem: Problem, device: DeviceSpec, mods: Mods | None = None) -> Plan:
+def choose(problem: Problem, device: DeviceSpec, mods: Mods | None = None, spec: FwdSpec | None = None) -> Plan:
     """The plan for a problem that `refusals` has nothing against.
 
     Parameters
     ----------
     mods : Mods or None
         The problem's score_mod and mask_mod, traced.
+    spec : FwdSpec or None
+        One of the problem's `candidates` that can run; None: the best.
 
     Raises
     ------
@@ -156,7 +161,7 @@ def choose(problem: Problem, device: DeviceSpec, mods: Mods | None = None) -> Pl
         No kernel runs on the device; with a reason for each candidate.
     """
     features = _features(problem, mods)
-    plan = _plan_forward(problem, features, device)
+    plan = _plan_forward(problem, features, device, spec)
     if problem.weights_stage is None:
         return plan
     tile, heads = WeightsSpec.tile, problem.batch_size * problem.num_heads_q
@@ -167,7 +172,7 @@ def choose(problem: Problem, device: DeviceSpec, mods: Mods | None = None) -> Pl
     return _with_weights(plan, problem.dtype, problem.weights_stage, features, num_tiles * parts, parts)
 
 
-def _plan_forward(problem: Problem, features: Features, device: DeviceSpec) -> Plan:
+def _plan_forward(problem: Problem, features: Features, device: DeviceSpec, spec: FwdSpec | None) -> Plan:
     queries = _queries(
         problem.dtype,
         problem.head_dim,
@@ -177,6 +182,7 @@ def _plan_forward(problem: Problem, features: Features, device: DeviceSpec) -> P
         (problem.num_heads_q, problem.num_heads_k, problem.num_heads_v),
         problem.seqlen_q,
         device,
+        spec,
     )
     if queries is None:
         return _NOTHING
@@ -211,13 +217,15 @@ def _queries(
     num_heads: tuple[int, int, int],
     seqlen_q: int,
     device: DeviceSpec,
+    spec: FwdSpec | None,
 ) -> _Queries | None:
     """The kernel and its tiles of queries; None where there is nothing to compute."""
     num_rows = batch_size * num_heads[0] * seqlen_q
     if num_rows == 0:
         return None
-    selector = _selector(dtype, head_dim, head_dim_v, features, batch_size, num_heads, seqlen_q, device)
-    spec = choose_spec(selector, device)
+    if spec is None:
+        selector = _selector(dtype, head_dim, head_dim_v, features, batch_size, num_heads, seqlen_q, device)
+        spec = choose_spec(selector, device)
     pack = pack_of(num_heads, seqlen_q) if spec.packed else 1
     num_tiles = _num_tiles(batch_size * num_heads[0], seqlen_q, spec.tile.block_m, pack)
     slots = device.sms * blocks_per_sm(spec, device)
@@ -314,7 +322,7 @@ def choose_spec(selector: Selector, device: DeviceSpec) -> FwdSpec:
     """The kernel for what `selector` says; raises as `choose`."""
     found = candidates(selector, device)
     for candidate in found:
-        if not candidate.reasons:
+        if not candidate.reasons and not candidate.behind:
             return candidate.spec
     reasons = [reason for candidate in found for reason in candidate.reasons]
     if not reasons:
@@ -343,7 +351,40 @@ def candidates(selector: Selector, device: DeviceSpec) -> list[Candidate]:
             elif not reasons and chosen is not None:
                 behind = _why_behind(row, tile, *chosen, rows)
             found.append(Candidate(_spec(row, tile, selector), reasons, behind))
-    return found
+    return _as_timed(found, _TIMED[device].get(key_of(selector), "")) if device in _TIMED else found
+
+
+# What `cupyflash.tune` found: for each device, by the key of a selector, the name of the fastest kernel.
+_TIMED: dict[DeviceSpec, Mapping[str, str]] = {}
+
+
+def use_timed(device: DeviceSpec, fastest: Mapping[str, str]) -> None:
+    """From now on these kernels are the choice on that device, where they are candidates that can run.
+
+    Parameters
+    ----------
+    fastest : dict of str to str
+        Names of kernels by `key_of` selectors.
+    """
+    _TIMED[device] = dict(fastest)
+    for memo in (choose_spec, _queries):
+        memo.cache_clear()
+
+
+def key_of(selector: Selector) -> str:
+    """A name for what selects a kernel, the same in every process."""
+    return hashlib.sha256(repr(selector).encode()).hexdigest()[:40]
+
+
+def _as_timed(found: list[Candidate], fastest: str) -> list[Candidate]:
+    """The candidates with that one as the choice; as they are, if it is none or can't run."""
+    if fastest not in {str(candidate.spec) for candidate in found if not candidate.reasons}:
+        return found
+    behind = f"{fastest} was the fastest when they were timed"
+    return [
+        replace(candidate, behind="" if candidate.reasons or str(candidate.spec) == fastest else behind)
+        for candidate in found
+    ]
 
 
 def _rows_of(row: TileRow, selector: Selector) -> Rows:

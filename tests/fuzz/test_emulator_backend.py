@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 import cupyflash
 from cupyflash.testing import DTYPES, Case, assert_attention_close, random_case
-from tests.cases import KERNEL_BACKENDS, examples
+from tests.cases import KERNEL_BACKENDS, examples, resized
 
 pytestmark = pytest.mark.usefixtures("cxx")
 
@@ -47,24 +46,6 @@ def kernel_cases(draw: st.DrawFn) -> Case:
     if tiles > MOST_TILES:
         seqlen_q = min(seqlen_q, 5)
     return resized(case, seqlen_q, seqlen_k, *draw(st.sampled_from(HEAD_DIMS)))
-
-
-def resized(case: Case, seqlen_q: int, seqlen_k: int, head_dim: int, head_dim_v: int) -> Case:
-    """The case with other lengths and head dims; masks broadcast along the axes along which they did."""
-    lengths = (seqlen_q, seqlen_k)
-
-    def mask_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-        rank = min(2, len(shape))
-        ends = [1 if n == 1 else new for n, new in zip(shape[-2:], lengths[2 - rank :], strict=True)]
-        return (*shape[:-2], *ends)
-
-    return replace(
-        case,
-        query_shape=(*case.query_shape[:-2], seqlen_q, head_dim),
-        key_shape=(*case.key_shape[:-2], seqlen_k, head_dim),
-        value_shape=(*case.value_shape[:-2], seqlen_k, head_dim_v),
-        masks=tuple(spec._replace(shape=mask_shape(spec.shape)) for spec in case.masks),
-    )
 
 
 @examples(5)

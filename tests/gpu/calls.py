@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,12 +79,30 @@ def to_device(array: Any, cupy: Any) -> Any:
     return cupy.ndarray(array.shape, array.dtype, start, array.strides)
 
 
+def function_to_device(function: Any, cupy: Any) -> Any:
+    """A score_mod or mask_mod whose global arrays lie on the GPU: it may look up no others there."""
+    named = {name: function.__globals__.get(name) for name in function.__code__.co_names}
+    arrays = {name: to_device(value, cupy) for name, value in named.items() if isinstance(value, np.ndarray)}
+    if not arrays:
+        return function
+    return types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **arrays},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+
+
 def on_device(arguments: Mapping[str, Any], cupy: Any) -> dict[str, Any]:
-    """The keyword arguments of `cupyflash.attention` with their arrays on the GPU."""
-    return {
-        name: tuple(to_device(part, cupy) for part in value) if isinstance(value, tuple) else to_device(value, cupy)
-        for name, value in arguments.items()
-    }
+    """The keyword arguments of `cupyflash.attention` with their arrays on the GPU, those of functions too."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(to_device(part, cupy) for part in value)
+        return function_to_device(value, cupy) if isinstance(value, types.FunctionType) else to_device(value, cupy)
+
+    return {name: moved(value) for name, value in arguments.items()}
 
 
 NOT_WRITTEN = 0x7FFF  # a NaN in both formats of 16 bits

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.gpu.device import NO_GPU, find_gpu
-from tests.gpu.run import ROOT, STAGES, TOTAL_SECONDS, Command, Stage, choose, python, run_stages
+from tests.gpu.run import ROOT, STAGES, TOTAL_SECONDS, Command, Stage, choose, main, python, run_stages
 
 
 def stage(name: str, code: str, seconds: float = 60, results: tuple[str, ...] = ()) -> Stage:
@@ -109,7 +109,9 @@ def test_results_are_copied_if_they_are_new(tmp_path: Path) -> None:
 
 def test_stages_are_chosen_by_name() -> None:
     assert [stage.name for stage in choose("bench, conformance")] == ["conformance", "bench"]
-    with pytest.raises(ValueError, match=r"'speed'; expected some of conformance, tests, sanitizer, bench"):
+    with pytest.raises(
+        ValueError, match=r"'speed'; expected some of conformance, build, tests, fuzz, sanitizer, profile, bench"
+    ):
         choose("bench,speed")
 
 
@@ -127,8 +129,38 @@ def test_python_commands_name_what_there_is() -> None:
                 assert (ROOT / word).is_file(), words
 
 
+def test_what_may_fail_fails_nothing(tmp_path: Path) -> None:
+    fails = python("-c", "raise SystemExit(3)")
+    commands = (Command("profiler", fails, 60, is_optional=True), Command("lacking", ("no-such-program",), 5, True))
+    outcomes = run_stages([Stage("both", commands)], tmp_path)
+    assert [(outcome.status.split(":")[0], outcome.is_failure) for outcome in outcomes] == [
+        ("failed with status 3", False),
+        ("not started", False),
+    ]
+    (outcome,) = run_stages([Stage("one", (Command("test", fails, 60),))], tmp_path)
+    assert outcome.is_failure
+
+
+def test_a_dry_run_needs_no_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--dry-run", "--out", str(tmp_path / "never")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith(" ")][:-1] == [stage.name for stage in STAGES]
+    assert lines[-1] == "at most 540 s in all"
+    assert "  memcheck, at most 30 s: compute-sanitizer --tool memcheck --error-exitcode 9 python -m" in "\n".join(
+        lines
+    )
+    assert any(line.startswith("  ncu, at most 30 s, may fail: ncu --clock-control none ") for line in lines)
+    assert "  keeps benchmarks/results/gpu-*" in lines
+    assert not (tmp_path / "never").exists()
+    assert main(["--dry-run", "--stages", "fuzz"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        *("fuzz", "  random, at most 135 s: python -m tests.gpu.fuzz --seconds 120", "at most 135 s in all")
+    ]
+
+
 @pytest.mark.parametrize(
-    "words", [("tests.gpu.run",), ("tests.gpu.record",), ("tests.gpu.device",), ("tests.gpu.small_calls",)]
+    "words",
+    [(f"tests.gpu.{name}",) for name in ("run", "record", "device", "small_calls", "fuzz", "build", "main_kernels")],
 )
 def test_without_a_gpu(words: tuple[str, ...]) -> None:
     gpu, reason = find_gpu()

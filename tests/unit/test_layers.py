@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).parents[2] / "cupyflash"
 
 # Without the leading "cupyflash."; a folder's own __init__ goes by the folder's name, the package's by "".
 ORDER = [
+    "version",
     "errors",
     "hashing",
     "interop",
@@ -65,6 +66,7 @@ ORDER = [
     "backends.tensormap",
     "backends.emulator",
     "backends.emulated",
+    "backends.tuned",
     "backends.cuda",
     "backends.registry",
     "mods",
@@ -75,6 +77,7 @@ ORDER = [
     "integrations",
     "integrations.transformers",
     "explain",
+    "tune",
     "",
     "testing",
     "tools",
@@ -90,6 +93,7 @@ SHARED = {
     "backends.tiled": {"backends.blas", "backends.block", "backends.joining", "backends.pool", "backends.slices"},
     "backends.block": {"backends.scratch", "backends.slices"},
     "backends.emulated": {"backends.emulator"},
+    "backends.cuda": {"backends.tuned"},
     "backends.registry": {"backends.cuda", "backends.emulated", "backends.reference", "backends.tiled"},
 }
 
