@@ -55,7 +55,7 @@ struct ScoreParams {
   int sinks_are_float;     // 1: sinks are float; 0: of Config::Element
 };
 
-// One forward pass. Query i and key j take part together iff  lower <= j - i <= upper.
+// One forward pass, and what joins its parts: combine.cu. Query i and key j take part together iff  lower <= j - i <= upper.
 //
 // Accumulators are float, double for elements of double.
 struct FwdParams {
@@ -83,22 +83,6 @@ struct FwdParams {
   int lower;       // read if Config::kHasLower; |lower| <= 2^30, as are the lengths
   int upper;       // read if Config::kHasUpper; |upper| <= 2^30
   ScoreParams scores;
-};
-
-// Joins the partial results that the blocks of a split forward pass left: see FwdParams.
-struct CombineParams {
-  Tensor out;               // [*batch_shape, num_heads_q, seqlen_q, head_dim_v]
-  void* lse;                // accumulators [batch_size, num_heads_q, seqlen_q]; may be null
-  const void* partial_out;  // accumulators [num_splits, batch_size, num_heads_q, seqlen_q, head_dim_v]
-  const void* partial_lse;  // accumulators [num_splits, batch_size, num_heads_q, seqlen_q, 2]
-  const void* sinks;        // [num_heads_q]; null: no sinks
-  int batch_shape[kBatchAxes];
-  int batch_size;
-  int num_heads_q;
-  int seqlen_q;
-  int head_dim_v;
-  int num_splits;
-  int sinks_are_float;  // 1: sinks are float; 0: of Config::Element
 };
 
 // Tells for each tile of a bool mask whether none, some or all of its elements are true: see mask_summary.cu.

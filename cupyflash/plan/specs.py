@@ -137,6 +137,11 @@ class FwdSpec:
         """Threads of a block."""
         return 32 * self.tile.num_warps
 
+    @property
+    def mods(self) -> Mods | None:
+        """The functions that are compiled in."""
+        return self.features.mods
+
     def __str__(self) -> str:
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}x{self.head_dim_v}"
         parts = [self.family, _SHORT_NAMES[self.dtype], dims, str(self.tile), str(self.features)]
@@ -159,6 +164,7 @@ class CombineSpec:
     dtype: str
 
     family = "combine"
+    mods = None
     shared_bytes = 0
     num_threads = 128
     rows_per_block = 4
@@ -194,6 +200,11 @@ class WeightsSpec:
     shared_bytes = (64 + 64) * 144
     num_threads = 256
 
+    @property
+    def mods(self) -> Mods | None:
+        """The functions that are compiled in."""
+        return self.features.mods
+
     def __str__(self) -> str:
         return "-".join(filter(None, [self.family, _SHORT_NAMES[self.dtype], self.stage, str(self.features)]))
 
@@ -203,6 +214,7 @@ class MaskSummarySpec:
     """The kernel that tells of each tile of a bool mask whether none, some or all of it is true: one warp for each."""
 
     family = "mask_summary"
+    mods = None
     shared_bytes = 0
     num_threads = 128
     tiles_per_block = 4
@@ -247,6 +259,7 @@ class MergeSpec:
     out_dtype: str
 
     family = "merge"
+    mods = None
     shared_bytes = 0
     num_threads = 128
     rows_per_block = 4
@@ -275,12 +288,12 @@ class Launch:
     spec: KernelSpec
     grid: tuple[int]
 
-    @property
+    @cached_property
     def block(self) -> tuple[int]:
         """Threads of a block."""
         return (self.spec.num_threads,)
 
-    @property
+    @cached_property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         return self.spec.shared_bytes
@@ -302,7 +315,7 @@ class Plan:
     pack : int
         Query heads in one tile of rows.
     row_alignment : int
-        Bytes at whose multiples the kernels need rows to begin.
+        Bytes at whose multiples the kernels need rows to begin: at least an element's, since strides count elements.
     weights_parts : int
         Blocks that share the keys of each tile of weights.
     """

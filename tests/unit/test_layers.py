@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).parents[2] / "cupyflash"
 ORDER = [
     "errors",
     "hashing",
+    "environment",
     "problem",
     "problem.dtypes",
     "problem.masks",
