@@ -17,7 +17,7 @@ __device__ __forceinline__ void normalize(float (&o_frag)[kOutTiles][4], float (
     state.row_sum[half] = sum_of_lanes<4>(state.row_sum[half]);
     state.row_max[half] *= max_scale;
     const int head = work.head_of<Config>(params, row_begin + acc_row(lane, 2 * half));
-    const auto end = end_row<Config>(state.row_max[half], state.row_sum[half], params, head);
+    const auto end = end_row<Config>(state.row_max[half], state.row_sum[half], params, head, params.num_splits > 1);
     lse[half] = end.lse;
 #pragma unroll
     for (int n = 0; n < kOutTiles; ++n) {
@@ -27,6 +27,7 @@ __device__ __forceinline__ void normalize(float (&o_frag)[kOutTiles][4], float (
   }
 }
 
+// As log-sum-exps or, of a part of the keys, as their two halves.
 template <class Config>
 __device__ __forceinline__ void store_lse(const FwdParams& params, const FwdWork& work, const float (&lse)[2],
                                           const RowState& state, int row_begin) {
@@ -37,7 +38,7 @@ __device__ __forceinline__ void store_lse(const FwdParams& params, const FwdWork
     // One of the row's four lanes writes.
     if (lane % 4 == 0 && row < FwdWork::num_rows<Config>(params)) {
       const long long place = work.place_of<Config>(params, row);
-      if constexpr (Config::kSplit) {
+      if (params.num_splits > 1) {
         const uint2 pair = {isa::float_bits(state.row_max[half]), isa::float_bits(state.row_sum[half])};
         isa::stg_8(static_cast<float*>(params.partial_lse) + 2 * place, pair);
       } else {

@@ -180,8 +180,9 @@ struct Forward {
     const int row = row_begin + warp_row;
     float lse[2];
     normalize<Config>(o_frag, lse, state, params, work, row);
-    if (Config::kSplit || params.lse != nullptr) store_lse<Config>(params, work, lse, state, row);
-    if constexpr (Config::kSplit) {
+    const bool is_part = params.num_splits > 1;
+    if (is_part || params.lse != nullptr) store_lse<Config>(params, work, lse, state, row);
+    if (is_part) {
       store_partial_out<Config>(params, work, o_frag, row);
     } else {
       const auto out = work.rows_of<Config, u16>(params, params.out);
@@ -195,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     flash_fwd_sm80(const __grid_constant__ FwdParams params, const __grid_constant__ ModArgs mods) {
   const FwdWork work = FwdWork::of_block<Config>(params);
   Forward forward(params, mods, work);
-  const KeyTiles tiles = key_tiles<Config>(params, work);
+  const KeyTiles tiles = key_tiles<Config>(params, work).share(work.split, params.num_splits);
   const TileMarks<Config> marks(params, work);
   int tile = marks.last_live(tiles.end - 1, tiles.begin);
   if (tile >= tiles.begin) forward.load_q(work, tile);

@@ -62,9 +62,9 @@ struct FwdParams {
   Tensor q;           // [*batch_shape, num_heads_q, seqlen_q, head_dim]
   Tensor k;           // [*batch_shape, num_heads_k, seqlen_k, head_dim]
   Tensor v;           // [*batch_shape, num_heads_v, seqlen_k, head_dim_v]
-  Tensor out;         // [*batch_shape, num_heads_q, seqlen_q, head_dim_v]; not written if Config::kSplit
+  Tensor out;         // [*batch_shape, num_heads_q, seqlen_q, head_dim_v]; not written with splits
   void* lse;          // accumulators [batch_size, num_heads_q, seqlen_q], contiguous; null if nobody asks for it
-  void* partial_out;  // if Config::kSplit: accumulators [num_splits, batch_size, num_heads_q, seqlen_q, head_dim_v],
+  void* partial_out;  // with splits: accumulators [num_splits, batch_size, num_heads_q, seqlen_q, head_dim_v],
   void* partial_lse;  //   normalised within the split; and [num_splits, batch_size, num_heads_q, seqlen_q, 2]: m
                       //   and l of lse = m + ln l
   void* weights;      // [batch_size, num_heads_q, seqlen_q, seqlen_k], contiguous; for weights.cu alone, else null
@@ -79,7 +79,7 @@ struct FwdParams {
   int seqlen_k;
   int head_dim;    // at most Config::kHeadDim
   int head_dim_v;  // at most Config::kHeadDimV
-  int num_splits;  // if Config::kSplit, and in weights.cu: parts into which the keys of a tile of queries are divided
+  int num_splits;  // at least 1: parts into which the keys of a tile of queries are divided
   int lower;       // read if Config::kHasLower; |lower| <= 2^30, as are the lengths
   int upper;       // read if Config::kHasUpper; |upper| <= 2^30
   ScoreParams scores;

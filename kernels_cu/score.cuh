@@ -186,16 +186,16 @@ struct ScoreRow {
   }
 };
 
-// From a row's maximum and sum of weights to its end. A row without keys has factor 0 and lse -inf.
+// From a row's maximum and sum of weights to its end. A row without keys has factor 0 and lse -inf. Of a part of its
+// keys the sink is left out.
 template <class Config, class Real>
-__device__ __forceinline__ RowEnd<Real> end_row(Real row_max, Real row_sum, const FwdParams& params, int head) {
+__device__ __forceinline__ RowEnd<Real> end_row(Real row_max, Real row_sum, const FwdParams& params, int head,
+                                                bool is_part) {
   RowEnd<Real> end = {negative_infinity(), 0};
   if (row_sum != 0) end = {row_max + natural_log(row_sum), 1 / row_sum};
   const ScoreParams& scores = params.scores;
-  if constexpr (!Config::kSplit) {
-    if (scores.sinks != nullptr) {
-      end = add_sink<typename Config::Element>(end, scores.sinks, scores.sinks_are_float != 0, head);
-    }
+  if (scores.sinks != nullptr && !is_part) {
+    end = add_sink<typename Config::Element>(end, scores.sinks, scores.sinks_are_float != 0, head);
   }
   if constexpr (Config::kDropout) end.factor *= static_cast<Real>(scores.dropout_scale);
   return end;

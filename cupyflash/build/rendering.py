@@ -85,7 +85,7 @@ def _constants(spec: KernelSpec) -> dict[str, ConfigValue]:
         dtype = dtype_named(spec.dtype)
         written = spec.dtype if spec.stage == "softmax" else dtype.accumulator.name
         stage = STAGES.index(spec.stage)
-        return constants | {"Written": _ELEMENTS[written], "kStage": stage, "kPacked": False, "kSplit": False}
+        return constants | {"Written": _ELEMENTS[written], "kStage": stage, "kPacked": False}
     return constants | {
         "kBaseline": spec.baseline,
         "kHeadDim": spec.head_dim,
@@ -93,5 +93,4 @@ def _constants(spec: KernelSpec) -> dict[str, ConfigValue]:
         "kQInRegisters": spec.tile.q_in_registers,
         "kScaleFirst": features.scale_first,
         "kPacked": spec.packed,
-        "kSplit": spec.split,
     }

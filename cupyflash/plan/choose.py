@@ -231,7 +231,7 @@ def _plan(queries: _Queries, splits: int) -> Plan:
         return Plan((Launch(spec, (num_tiles,)),), 1, pack, row_alignment)
     combine = CombineSpec(spec.dtype)
     launches = (
-        Launch(replace(spec, split=True), (num_tiles * splits,)),
+        Launch(spec, (num_tiles * splits,)),
         Launch(combine, (math.ceil(queries.num_rows / combine.rows_per_block),)),
     )
     return Plan(launches, splits, pack, row_alignment)
@@ -441,15 +441,14 @@ def every_spec() -> Iterator[KernelSpec]:
             row.tiles,
             [(dtype, features) for dtype in row.dtypes for features in _features_of(dtype)],
             (False, True) if family.packs else (False,),
-            (False, True) if family.splits else (False,),
         )
-        for tile, (dtype, features), packed, split in choices:
-            if features.dropout and (packed or split):
+        for tile, (dtype, features), packed in choices:
+            if features.dropout and packed:
                 continue
             rows = Rows(tile.block_m, True)
             selector = Selector(dtype, row.head_dim, row.head_dim_v, features, rows, rows if packed else None)
-            found[replace(_spec(row, tile, selector), split=split)] = None
-            if split:
+            found[_spec(row, tile, selector)] = None
+            if family.splits:
                 found[CombineSpec(dtype)] = None
     for dtype in dict.fromkeys(dtype for row in TILES for dtype in row.dtypes):
         for stage, features in itertools.product((*STAGES, "dropout"), _features_of(dtype)):

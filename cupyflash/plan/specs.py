@@ -110,8 +110,6 @@ class FwdSpec:
     features : Features
     packed : bool
         A tile's rows are all query heads that share a key head, query by query, rather than queries of one head.
-    split : bool
-        Several blocks share the keys of a tile of queries; each leaves a partial result for `combine`.
     baseline : int
         The oldest GPUs whose instructions it uses, of its family's.
     """
@@ -123,7 +121,6 @@ class FwdSpec:
     tile: TileConfig
     features: Features = Features()
     packed: bool = False
-    split: bool = False
     baseline: int = 80
 
     @cached_property
@@ -146,14 +143,14 @@ class FwdSpec:
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}x{self.head_dim_v}"
         parts = [self.family, _SHORT_NAMES[self.dtype], dims, str(self.tile), str(self.features)]
         is_for_older = self.baseline < max(FAMILIES[self.family].baselines)
-        parts += ["packed" * self.packed, "split" * self.split, f"sm{self.baseline}" * is_for_older]
+        parts += ["packed" * self.packed, f"sm{self.baseline}" * is_for_older]
         return "-".join(filter(None, parts))
 
 
 @hash_once
 @dataclass(frozen=True)
 class CombineSpec:
-    """The kernel that joins the partial results of a split launch: one warp for each row of the output.
+    """The kernel that joins the partial results of blocks that share keys: one warp for each row of the output.
 
     Parameters
     ----------
@@ -311,7 +308,8 @@ class Plan:
     ----------
     launches : tuple of Launch
     num_splits : int
-        Parts into which the keys of each tile of queries are divided.
+        Parts into which the keys of each tile of queries are divided; with more than one, each leaves a partial result
+        for `combine`.
     pack : int
         Query heads in one tile of rows.
     row_alignment : int

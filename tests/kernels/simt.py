@@ -36,7 +36,7 @@ def planned(
     spec = plan.launches[0].spec
     assert isinstance(spec, FwdSpec)
     assert spec.family == "fwd_simt"
-    spec = replace(spec, packed=pack > 1, split=splits > 1)
+    spec = replace(spec, packed=pack > 1)
     heads = problem.batch_size * problem.num_heads_q
     tiles = math.ceil(problem.seqlen_q * pack / spec.tile.block_m) * (heads // pack)
     steps = [Launch(spec, (tiles * splits,))]
