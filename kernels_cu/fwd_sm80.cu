@@ -180,15 +180,15 @@ struct Forward {
     const int row = row_begin + warp_row;
     float lse[2];
     normalize<Config>(o_frag, lse, state, params, work, row);
-    const bool is_part = params.num_splits > 1;
-    if (is_part || params.lse != nullptr) store_lse<Config>(params, work, lse, state, row);
-    if (is_part) {
-      store_partial_out<Config>(params, work, o_frag, row);
-    } else {
-      const auto out = work.rows_of<Config, u16>(params, params.out);
-      const int num_rows = FwdWork::num_rows<Config>(params);
-      store_out<Config, Traits::OutTile>(out, SharedStorage::out(), o_frag, warp_row, row, num_rows, params.head_dim_v);
+    if (params.num_splits > 1) {
+      // An end of its own: what the two could share would be more than the registers hold.
+      store_part<Config>(params, work, o_frag, state, row);
+      return;
     }
+    if (params.lse != nullptr) store_lse<Config>(params, work, lse, row);
+    const auto out = work.rows_of<Config, u16>(params, params.out);
+    const int num_rows = FwdWork::num_rows<Config>(params);
+    store_out<Config, Traits::OutTile>(out, SharedStorage::out(), o_frag, warp_row, row, num_rows, params.head_dim_v);
   }
 };
 
