@@ -434,7 +434,7 @@ def test_bad_exemptions_are_refused() -> None:
         ),
         ("fwd_simt.cu", "if (column < params.head_dim_v)", ""),
         ("fwd_simt.cu", "lse != nullptr && lane_x == 0", "lse != nullptr && lane_x == 0 && r != 3"),
-        ("fwd_simt.cu, packed, split", "tiles.full_begin <= tile", "true"),
+        ("fwd_simt.cu, packed, split", "tile < tiles.full_end", "true"),
         ("fwd_simt.cu, packed, split", "column_begin + column < num_columns", "true"),
         ("fwd_simt.cu, packed, split", "at_most(first + length, end)", "end"),
         ("weights.cu", "compute_tile(tile);", "remove_tile();"),
