@@ -36,12 +36,12 @@ struct Traits {
 struct Combine {
   using Accumulator = Traits::Accumulator;
 
-  const CombineParams& params;
+  const FwdParams& params;
   long long row;
   long long num_rows;
   ExpSum<Accumulator> whole;
 
-  __device__ __forceinline__ Combine(const CombineParams& params, long long row, long long num_rows)
+  __device__ __forceinline__ Combine(const FwdParams& params, long long row, long long num_rows)
       : params(params), row(row), num_rows(num_rows), whole() {
     whole = ExpSum<Accumulator>::over(params.num_splits, [this](int split) { return part(split); });
   }
@@ -55,8 +55,8 @@ struct Combine {
   // The row's log-sum-exp, and what its joined parts are multiplied by: 1, but for the head's sink.
   __device__ __forceinline__ RowEnd<Accumulator> end() const {
     const RowEnd<Accumulator> end = {whole.lse(), 1};
-    if (params.sinks == nullptr) return end;
-    return add_sink<typename Config::Element>(end, params.sinks, params.sinks_are_float != 0, head());
+    if (params.scores.sinks == nullptr) return end;
+    return add_sink<typename Config::Element>(end, params.scores.sinks, params.scores.sinks_are_float != 0, head());
   }
 
   __device__ __forceinline__ int head() const { return static_cast<int>(row / params.seqlen_q % params.num_heads_q); }
@@ -85,7 +85,7 @@ struct Combine {
 };
 
 extern "C" __global__ void __launch_bounds__(Config::kNumThreads, 1)
-    flash_combine(const __grid_constant__ CombineParams params) {
+    flash_combine(const __grid_constant__ FwdParams params) {
   const long long num_rows = static_cast<long long>(params.batch_size) * params.num_heads_q * params.seqlen_q;
   const long long row = static_cast<long long>(isa::block_index_x()) * Config::kRowsPerBlock + isa::warp_index();
   if (row < num_rows) {  // the same in all lanes of a warp

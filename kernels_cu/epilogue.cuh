@@ -17,7 +17,7 @@ __device__ __forceinline__ void normalize(float (&o_frag)[kOutTiles][4], float (
     state.row_sum[half] = sum_of_lanes<4>(state.row_sum[half]);
     state.row_max[half] *= max_scale;
     const int head = work.head_of<Config>(params, row_begin + acc_row(lane, 2 * half));
-    const auto end = end_row<Config>(state.row_max[half], state.row_sum[half], params, head);
+    const auto end = end_row<Config>(state.row_max[half], state.row_sum[half], params, head, params.num_splits > 1);
     lse[half] = end.lse;
 #pragma unroll
     for (int n = 0; n < kOutTiles; ++n) {
@@ -29,20 +29,14 @@ __device__ __forceinline__ void normalize(float (&o_frag)[kOutTiles][4], float (
 
 template <class Config>
 __device__ __forceinline__ void store_lse(const FwdParams& params, const FwdWork& work, const float (&lse)[2],
-                                          const RowState& state, int row_begin) {
+                                          int row_begin) {
   const int lane = isa::lane_index();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = row_begin + acc_row(lane, 2 * half);
     // One of the row's four lanes writes.
     if (lane % 4 == 0 && row < FwdWork::num_rows<Config>(params)) {
-      const long long place = work.place_of<Config>(params, row);
-      if constexpr (Config::kSplit) {
-        const uint2 pair = {isa::float_bits(state.row_max[half]), isa::float_bits(state.row_sum[half])};
-        isa::stg_8(static_cast<float*>(params.partial_lse) + 2 * place, pair);
-      } else {
-        isa::stg_4(static_cast<float*>(params.lse) + place, isa::float_bits(lse[half]));
-      }
+      isa::stg_4(static_cast<float*>(params.lse) + work.place_of<Config>(params, row), isa::float_bits(lse[half]));
     }
   }
 }
@@ -67,17 +61,23 @@ __device__ __forceinline__ void store_out(const Rows& out, u32 tile_smem,
   store_warp_rows<Tile>(out, tile_smem, tile_row, row_begin, num_rows, num_columns);
 }
 
-// The warp's rows of a split's O, as they are in the registers.
+// The warp's rows of a split: O as it is in the registers, and the two halves of the log-sum-exps.
 template <class Config>
-__device__ __forceinline__ void store_partial_out(const FwdParams& params, const FwdWork& work,
-                                                  const float (&o_frag)[Config::kHeadDimV / 8][4], int row_begin) {
+__device__ __forceinline__ void store_part(const FwdParams& params, const FwdWork& work,
+                                           const float (&o_frag)[Config::kHeadDimV / 8][4], const RowState& state,
+                                           int row_begin) {
   const int lane = isa::lane_index();
   const bool rows_are_even = params.head_dim_v % 2 == 0;  // so that pairs lie at multiples of 8 bytes
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = row_begin + acc_row(lane, 2 * half);
     if (row >= FwdWork::num_rows<Config>(params)) continue;
-    float* row_gmem = static_cast<float*>(params.partial_out) + work.place_of<Config>(params, row) * params.head_dim_v;
+    const long long place = work.place_of<Config>(params, row);
+    if (lane % 4 == 0) {
+      const uint2 sums = {isa::float_bits(state.row_max[half]), isa::float_bits(state.row_sum[half])};
+      isa::stg_8(static_cast<float*>(params.partial_lse) + 2 * place, sums);
+    }
+    float* row_gmem = static_cast<float*>(params.partial_out) + place * params.head_dim_v;
 #pragma unroll
     for (int n = 0; n < Config::kHeadDimV / 8; ++n) {
       const int column = 8 * n + acc_column(lane, 0);

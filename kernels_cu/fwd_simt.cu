@@ -133,13 +133,13 @@ struct Forward : ScoreTile<Config> {
     }
   }
 
-  // One tile of keys.
-  template <bool kMasked>
-  __device__ __forceinline__ void kv_step(int tile, bool is_whole) {
+  // One tile of keys. is_full: all keys take part for all rows, but for the bool mask and mask_mod; is_whole: those
+  // remove none of them.
+  __device__ __forceinline__ void kv_step(int tile, bool is_full, bool is_whole) {
     const int first_key = tile * Config::kBlockN;
     compute_scores(first_key);
     if constexpr (ScoreFeatures<Config>::kAny) change_scores(first_key, is_whole);
-    if constexpr (kMasked) mask_scores(first_key);
+    if (!is_full) mask_scores(first_key);
     online_softmax();
     if constexpr (Config::kDropout) drop_weights(first_key);
     store_p();
@@ -168,15 +168,16 @@ struct Forward : ScoreTile<Config> {
     auto* lse = static_cast<Accumulator*>(params.lse);
     auto* partial_lse = static_cast<Accumulator*>(params.partial_lse);
     auto* partial_out = static_cast<Accumulator*>(params.partial_out);
+    const bool is_part = params.num_splits > 1;
     softmax.finish();
 #pragma unroll
     for (int r = 0; r < Traits::kRows; ++r) {
       const int row = work.row_begin + row_begin + r;
       if (row < FwdWork::num_rows<Config>(params)) {
         const long long place = work.place_of<Config>(params, row);
-        const auto end =
-            end_row<Config>(softmax.row_max[r], softmax.row_sum[r], params, work.head_of<Config>(params, row));
-        if constexpr (Config::kSplit) {
+        const int head = work.head_of<Config>(params, row);
+        const auto end = end_row<Config>(softmax.row_max[r], softmax.row_sum[r], params, head, is_part);
+        if (is_part) {
           store_row<Traits::AccumulatorElement>(r, end.factor, partial_out + place * params.head_dim_v);
           // One of the row's 16 threads writes.
           if (lane_x == 0) {
@@ -196,16 +197,12 @@ extern "C" __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     flash_fwd_simt(const __grid_constant__ FwdParams params, const __grid_constant__ ModArgs mods) {
   const FwdWork work = FwdWork::of_block<Config>(params);
   Forward forward(params, mods, work);
-  const KeyTiles tiles = key_tiles<Config>(params, work);
+  const KeyTiles tiles = key_tiles<Config>(params, work).share(work.split, params.num_splits);
   const TileMarks<Config> marks(params, work);
+#pragma unroll 1
   for (int tile = marks.last_live(tiles.end - 1, tiles.begin); tile >= tiles.begin;
        tile = marks.last_live(tile - 1, tiles.begin)) {
-    const bool is_whole = marks.of(tile) == 2;
-    if (tiles.full_begin <= tile && tile < tiles.full_end) {
-      forward.kv_step<false>(tile, is_whole);
-    } else {
-      forward.kv_step<true>(tile, is_whole);
-    }
+    forward.kv_step(tile, tiles.full_begin <= tile && tile < tiles.full_end, marks.of(tile) == 2);
   }
   forward.finish();
 }

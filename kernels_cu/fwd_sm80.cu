@@ -180,14 +180,15 @@ struct Forward {
     const int row = row_begin + warp_row;
     float lse[2];
     normalize<Config>(o_frag, lse, state, params, work, row);
-    if (Config::kSplit || params.lse != nullptr) store_lse<Config>(params, work, lse, state, row);
-    if constexpr (Config::kSplit) {
-      store_partial_out<Config>(params, work, o_frag, row);
-    } else {
-      const auto out = work.rows_of<Config, u16>(params, params.out);
-      const int num_rows = FwdWork::num_rows<Config>(params);
-      store_out<Config, Traits::OutTile>(out, SharedStorage::out(), o_frag, warp_row, row, num_rows, params.head_dim_v);
+    if (params.num_splits > 1) {
+      // An end of its own: what the two could share would be more than the registers hold.
+      store_part<Config>(params, work, o_frag, state, row);
+      return;
     }
+    if (params.lse != nullptr) store_lse<Config>(params, work, lse, row);
+    const auto out = work.rows_of<Config, u16>(params, params.out);
+    const int num_rows = FwdWork::num_rows<Config>(params);
+    store_out<Config, Traits::OutTile>(out, SharedStorage::out(), o_frag, warp_row, row, num_rows, params.head_dim_v);
   }
 };
 
@@ -195,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     flash_fwd_sm80(const __grid_constant__ FwdParams params, const __grid_constant__ ModArgs mods) {
   const FwdWork work = FwdWork::of_block<Config>(params);
   Forward forward(params, mods, work);
-  const KeyTiles tiles = key_tiles<Config>(params, work);
+  const KeyTiles tiles = key_tiles<Config>(params, work).share(work.split, params.num_splits);
   const TileMarks<Config> marks(params, work);
   int tile = marks.last_live(tiles.end - 1, tiles.begin);
   if (tile >= tiles.begin) forward.load_q(work, tile);

@@ -15,12 +15,19 @@
 // Outside [begin, end) no key takes part for any of the tile's queries; in [full_begin, full_end) all do for
 // all. What lies between needs the mask. All numbers count tiles.
 //
-// If Config::kSplit, [begin, end) is the block's share of that: equal parts, the last ones shorter or empty.
 struct KeyTiles {
   int begin;
   int end;
   int full_begin;
   int full_end;
+
+  // One of so many equal shares of [begin, end), the last ones shorter or empty.
+  __device__ __forceinline__ KeyTiles share(int index, int num_shares) const {
+    // num_shares shares are fewer than num_shares tiles more than there are: no product overflows.
+    const int length = (end - begin + num_shares - 1) / num_shares;
+    const int first = at_most(begin + index * length, end);
+    return {first, at_most(first + length, end), full_begin, full_end};
+  }
 };
 
 template <class Config>
@@ -42,14 +49,7 @@ __device__ __forceinline__ KeyTiles key_tiles(const FwdParams& params, const Fwd
     full_begin = at_least(last_query + params.lower, 0);
   }
   if (key_begin >= key_end) return {0, 0, 0, 0};
-  KeyTiles tiles = {key_begin / kN, (key_end + kN - 1) / kN, (full_begin + kN - 1) / kN, full_end / kN};
-  if constexpr (Config::kSplit) {
-    // num_splits shares are fewer than num_splits tiles more than there are: no product overflows.
-    const int share = (tiles.end - tiles.begin + params.num_splits - 1) / params.num_splits;
-    tiles.begin = at_most(tiles.begin + work.split * share, tiles.end);
-    tiles.end = at_most(tiles.begin + share, tiles.end);
-  }
-  return tiles;
+  return {key_begin / kN, (key_end + kN - 1) / kN, (full_begin + kN - 1) / kN, full_end / kN};
 }
 
 // Sets the scores of keys that do not take part to -inf. first_row and first_key are those of s_frag's

@@ -55,16 +55,16 @@ struct ScoreParams {
   int sinks_are_float;     // 1: sinks are float; 0: of Config::Element
 };
 
-// One forward pass. Query i and key j take part together iff  lower <= j - i <= upper.
+// One forward pass, and what joins its parts: combine.cu. Query i and key j take part together iff  lower <= j - i <= upper.
 //
 // Accumulators are float, double for elements of double.
 struct FwdParams {
   Tensor q;           // [*batch_shape, num_heads_q, seqlen_q, head_dim]
   Tensor k;           // [*batch_shape, num_heads_k, seqlen_k, head_dim]
   Tensor v;           // [*batch_shape, num_heads_v, seqlen_k, head_dim_v]
-  Tensor out;         // [*batch_shape, num_heads_q, seqlen_q, head_dim_v]; not written if Config::kSplit
+  Tensor out;         // [*batch_shape, num_heads_q, seqlen_q, head_dim_v]; not written with splits
   void* lse;          // accumulators [batch_size, num_heads_q, seqlen_q], contiguous; null if nobody asks for it
-  void* partial_out;  // if Config::kSplit: accumulators [num_splits, batch_size, num_heads_q, seqlen_q, head_dim_v],
+  void* partial_out;  // with splits: accumulators [num_splits, batch_size, num_heads_q, seqlen_q, head_dim_v],
   void* partial_lse;  //   normalised within the split; and [num_splits, batch_size, num_heads_q, seqlen_q, 2]: m
                       //   and l of lse = m + ln l
   void* weights;      // [batch_size, num_heads_q, seqlen_q, seqlen_k], contiguous; for weights.cu alone, else null
@@ -79,26 +79,10 @@ struct FwdParams {
   int seqlen_k;
   int head_dim;    // at most Config::kHeadDim
   int head_dim_v;  // at most Config::kHeadDimV
-  int num_splits;  // if Config::kSplit, and in weights.cu: parts into which the keys of a tile of queries are divided
+  int num_splits;  // at least 1: parts into which the keys of a tile of queries are divided
   int lower;       // read if Config::kHasLower; |lower| <= 2^30, as are the lengths
   int upper;       // read if Config::kHasUpper; |upper| <= 2^30
   ScoreParams scores;
-};
-
-// Joins the partial results that the blocks of a split forward pass left: see FwdParams.
-struct CombineParams {
-  Tensor out;               // [*batch_shape, num_heads_q, seqlen_q, head_dim_v]
-  void* lse;                // accumulators [batch_size, num_heads_q, seqlen_q]; may be null
-  const void* partial_out;  // accumulators [num_splits, batch_size, num_heads_q, seqlen_q, head_dim_v]
-  const void* partial_lse;  // accumulators [num_splits, batch_size, num_heads_q, seqlen_q, 2]
-  const void* sinks;        // [num_heads_q]; null: no sinks
-  int batch_shape[kBatchAxes];
-  int batch_size;
-  int num_heads_q;
-  int seqlen_q;
-  int head_dim_v;
-  int num_splits;
-  int sinks_are_float;  // 1: sinks are float; 0: of Config::Element
 };
 
 // Tells for each tile of a bool mask whether none, some or all of its elements are true: see mask_summary.cu.

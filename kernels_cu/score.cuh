@@ -186,16 +186,16 @@ struct ScoreRow {
   }
 };
 
-// From a row's maximum and sum of weights to its end. A row without keys has factor 0 and lse -inf.
+// From a row's maximum and sum of weights to its end. A row without keys has factor 0 and lse -inf. Of a part of its
+// keys the sink is left out.
 template <class Config, class Real>
-__device__ __forceinline__ RowEnd<Real> end_row(Real row_max, Real row_sum, const FwdParams& params, int head) {
+__device__ __forceinline__ RowEnd<Real> end_row(Real row_max, Real row_sum, const FwdParams& params, int head,
+                                                bool is_part) {
   RowEnd<Real> end = {negative_infinity(), 0};
   if (row_sum != 0) end = {row_max + natural_log(row_sum), 1 / row_sum};
   const ScoreParams& scores = params.scores;
-  if constexpr (!Config::kSplit) {
-    if (scores.sinks != nullptr) {
-      end = add_sink<typename Config::Element>(end, scores.sinks, scores.sinks_are_float != 0, head);
-    }
+  if (scores.sinks != nullptr && !is_part) {
+    end = add_sink<typename Config::Element>(end, scores.sinks, scores.sinks_are_float != 0, head);
   }
   if constexpr (Config::kDropout) end.factor *= static_cast<Real>(scores.dropout_scale);
   return end;
@@ -209,6 +209,33 @@ __device__ __forceinline__ u64 dropout_seed(const ScoreParams& scores) {
 
 // -----------------------------------------------------------------------------------------------------------
 // The same for the fragments of tensor cores. row_begin and first_key are those of element (0, 0).
+
+// Sets scores of keys that mask_mod removes to -inf. It is asked first, for one bit each: a loop that is not unrolled is
+// short, and holds what mask_mod takes once, but may not index scores in registers.
+template <class Config>
+__device__ __forceinline__ void remove_scores(float (&s_frag)[Config::kBlockN / 8][4], const FwdParams& params,
+                                              const ModArgs& mods, const FwdWork& work, int row_begin, int first_key) {
+  static_assert(Config::kBlockN <= 64, "a lane's scores are at most 32");
+  const int lane = isa::lane_index();
+  u32 removed = 0;
+#pragma unroll 1
+  for (int n = 0; n < Config::kBlockN / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = row_begin + acc_row(lane, i);
+      const Coord at = {work.batch, work.head_of<Config>(params, row), FwdWork::query_of<Config>(params, row),
+                        first_key + 8 * n + acc_column(lane, i)};
+      if (!MaskMod::apply(at, mods)) removed |= 1u << (4 * n + i);
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < Config::kBlockN / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (removed >> (4 * n + i) & 1) s_frag[n][i] = negative_infinity();
+    }
+  }
+}
 
 // From scale q k to what the softmax is taken of, but for the band.
 template <class Config>
@@ -228,17 +255,9 @@ __device__ __forceinline__ void change_scores(float (&s_frag)[Config::kBlockN / 
         s_frag[n][i] = scores(s_frag[n][i], first_key + 8 * n + acc_column(lane, i));
       }
     }
-    if constexpr (!MaskMod::kIdentity) {
-      if (!is_whole) {
-#pragma unroll
-        for (int n = 0; n < Config::kBlockN / 8; ++n) {
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            if (!scores.keeps(first_key + 8 * n + acc_column(lane, i))) s_frag[n][i] = negative_infinity();
-          }
-        }
-      }
-    }
+  }
+  if constexpr (!MaskMod::kIdentity) {
+    if (!is_whole) remove_scores<Config>(s_frag, params, mods, work, row_begin, first_key);
   }
 }
 

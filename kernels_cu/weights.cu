@@ -124,7 +124,8 @@ struct Weights : ScoreTile<Config> {
     softmax.finish();
 #pragma unroll
     for (int r = 0; r < Traits::kRows; ++r) {
-      set_row(r, softmax.row_max[r], end_row<Config>(softmax.row_max[r], softmax.row_sum[r], params, work.head).factor);
+      set_row(r, softmax.row_max[r],
+              end_row<Config>(softmax.row_max[r], softmax.row_sum[r], params, work.head, false).factor);
     }
   }
 
@@ -199,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     flash_weights(const __grid_constant__ FwdParams params, const __grid_constant__ ModArgs mods) {
   // Here num_splits blocks share the keys of a tile of rows: equal parts, the last ones shorter or empty.
   const int block = isa::block_index_x();
-  const FwdWork work = FwdWork::of_block<Config>(params, block / params.num_splits);
+  const FwdWork work = FwdWork::of_tile<Config>(params, block / params.num_splits, 0);
   const int num_tiles = (params.seqlen_k + Config::kBlockN - 1) / Config::kBlockN;
   const int share = (num_tiles + params.num_splits - 1) / params.num_splits;
   const int begin = block % params.num_splits * share;

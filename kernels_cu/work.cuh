@@ -61,8 +61,8 @@ __device__ __forceinline__ HeadRows<Storage> head_rows(const Params& params, con
 //     pack = 3:   row      0  1  2  3  4  5  6 ..
 //                 query    0  0  0  1  1  1  2 ..        heads `head`, head + 1, head + 2, in turn
 //
-// If Config::kSplit, blocks share the keys of a tile of rows. They are neighbours in the grid: what they leave
-// to be joined is written at about the same time, and the order of the tiles stays that of the grid without
+// If params.num_splits is not 1, so many blocks share the keys of a tile of rows. They are neighbours in the grid: what
+// they leave to be joined is written at about the same time, and the order of the tiles stays that of the grid without
 // splits.
 //
 // The grid has one axis, for CUDA's others end at 65535: splits within tiles of rows within (groups of) heads within
@@ -74,12 +74,13 @@ struct FwdWork {
   int split;
 
   template <class Config>
-  static __device__ __forceinline__ FwdWork of_block(const FwdParams& params, int block = isa::block_index_x()) {
-    int split = 0;
-    if constexpr (Config::kSplit) {
-      split = block % params.num_splits;
-      block /= params.num_splits;
-    }
+  static __device__ __forceinline__ FwdWork of_block(const FwdParams& params) {
+    const int block = isa::block_index_x();
+    return of_tile<Config>(params, block / params.num_splits, block % params.num_splits);
+  }
+
+  template <class Config>
+  static __device__ __forceinline__ FwdWork of_tile(const FwdParams& params, int block, int split) {
     const int num_tiles = (num_rows<Config>(params) + Config::kBlockM - 1) / Config::kBlockM;
     const int entry = block / num_tiles;
     const int place = block % num_tiles;

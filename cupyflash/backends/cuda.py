@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..build.cache import default_cache
-from ..build.debug import show_launch
+from ..build.debug import debug_level, show_launch
 from ..build.launch import launches
 from ..build.merging import merge_parts, merge_refusals
 from ..build.modding import CallMods, trace_mods
@@ -50,13 +50,13 @@ class CudaBackend:
 
     def run(self, problem: Problem, buffers: Buffers) -> None:
         """See `cupyflash.backends.registry.Backend`."""
-        cupy, device = problem.namespace, buffers.query.device
+        cupy, device, level = problem.namespace, buffers.query.device, debug_level()
         with device:
             mods = trace_mods(problem, buffers)
             plan = choose(problem, device_spec(cupy, device.id), mods and mods.structure)
             operands = prepare(problem, plan, buffers, _address, mods)
             for launch, args in launches(problem, plan, operands):
-                _run(cupy, device.id, launch, args)
+                _run(cupy, device.id, launch, args, level)
             if operands.out is not buffers.out:
                 buffers.out[...] = operands.out
 
@@ -69,7 +69,7 @@ class CudaBackend:
         def run() -> None:
             assert operands is not None  # their arrays live as long as this function
             for launch, args in ready:
-                _run(cupy, device.id, launch, args)
+                _run(cupy, device.id, launch, args, 0)
 
         return run
 
@@ -88,12 +88,14 @@ class CudaBackend:
         """See `cupyflash.backends.registry.Merger`."""
         cupy, device = parts.namespace, parts.outs[0].device
         with device:
-            return merge_parts(parts, _address, lambda launch, args: _run(cupy, device.id, launch, args))
+            level = debug_level()
+            return merge_parts(parts, _address, lambda launch, args: _run(cupy, device.id, launch, args, level))
 
 
-def _run(cupy: Any, device_id: int, launch: Launch, args: tuple[np.void, ...]) -> None:
-    """Launches on the current device, `device_id`, and the current stream."""
-    show_launch(launch, args, device_spec(cupy, device_id).arch)
+def _run(cupy: Any, device_id: int, launch: Launch, args: tuple[np.void, ...], level: int) -> None:
+    """Launches on the current device, `device_id`, and the current stream; `level` as in build/debug.py."""
+    if level:
+        show_launch(launch, args, device_spec(cupy, device_id).arch, level)
     kernel = _kernel(cupy, launch.spec, device_id)
     kernel(launch.grid, launch.block, args, shared_mem=launch.shared_bytes)
 

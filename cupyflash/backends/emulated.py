@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..build.debug import show_launch
+from ..build.debug import debug_level, show_launch
 from ..build.host import find_compiler
 from ..build.launch import launches
 from ..build.merging import merge_parts, merge_refusals
@@ -71,7 +71,8 @@ class EmulatorBackend:
 def _run(launch: Launch, args: tuple[np.void, ...]) -> None:
     environment = os.environ.get(_ENVIRONMENT, "")
     options = options_from(environment)
-    show_launch(launch, args, device_from(environment).arch)
+    if level := debug_level():
+        show_launch(launch, args, device_from(environment).arch, level)
     _kernel(launch.spec)(launch.grid, launch.block, args, shared_mem=launch.shared_bytes, options=options)
 
 

@@ -6,12 +6,12 @@ with reasons, never replaced.  Without one the arrays decide.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
+from ..environment import reader_of
 from ..errors import Unsupported
 from ..problem.parts import Parts
 from ..problem.problem import Buffers, Problem
@@ -21,6 +21,7 @@ from .tiled import NumpyBackend
 __all__ = ["Backend", "Merger", "backends", "name_of", "reasons_of", "register_backend", "select", "select_merger"]
 
 _ENVIRONMENT = "CUPYFLASH_BACKEND"
+_read_environment = reader_of(_ENVIRONMENT)
 _DEFAULTS = {"numpy": "numpy", "cupy": "cuda"}
 
 
@@ -168,7 +169,7 @@ def name_of(call: Problem | Parts, name: str | None) -> str:
     """The name of the backend that `select` or `select_merger` asks; raises TypeError and ValueError as they do."""
     source = "backend"
     if name is None:
-        name = os.environ.get(_ENVIRONMENT) or None
+        name = _read_environment() or None
         source = _ENVIRONMENT
     if name is None:
         return _DEFAULTS[call.library]

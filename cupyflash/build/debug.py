@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from functools import lru_cache
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..environment import reader_of
 from ..errors import Unsupported
 from ..plan.specs import KernelSpec, Launch
 from .cache import default_cache, digest
@@ -25,6 +25,7 @@ from .rendering import entry_of, render_kernel
 __all__ = ["debug_level", "show_launch"]
 
 _ENVIRONMENT = "CUPYFLASH_DEBUG"
+_read_environment = reader_of(_ENVIRONMENT)
 
 
 def debug_level() -> int:
@@ -35,7 +36,7 @@ def debug_level() -> int:
     ValueError
         It is no int from 0 to 4.
     """
-    text = os.environ.get(_ENVIRONMENT)
+    text = _read_environment()
     if not text:
         return 0
     if text not in ("0", "1", "2", "3", "4"):
@@ -43,11 +44,10 @@ def debug_level() -> int:
     return int(text)
 
 
-def show_launch(launch: Launch, args: tuple[np.void, ...], arch: str) -> None:
-    """Print what the level asks for; nothing at level 0."""
-    if level := debug_level():
-        for line in _lines(launch, args, arch, level):
-            print(f"cupyflash: {line}", file=sys.stderr)
+def show_launch(launch: Launch, args: tuple[np.void, ...], arch: str, level: int) -> None:
+    """Print what the level, at least 1, asks for."""
+    for line in _lines(launch, args, arch, level):
+        print(f"cupyflash: {line}", file=sys.stderr)
 
 
 def _lines(launch: Launch, args: tuple[np.void, ...], arch: str, level: int) -> Iterator[str]:

@@ -8,51 +8,45 @@ A backend compiles the first in its own way and hands the second to its own laun
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
-from ..plan.specs import CombineSpec, Launch, Plan, WeightsSpec
+from ..plan.specs import Launch, Plan
 from ..problem.problem import Problem
 from .functor import NO_MODS
 from .operands import Operands
-from .params import pack_combine, pack_forward
-from .rendering import mods_of
+from .params import FWD_PARAMS, pack_forward
 
 __all__ = ["launches"]
 
 
-def launches(problem: Problem, plan: Plan, operands: Operands) -> Iterator[tuple[Launch, tuple[np.void, ...]]]:
+def launches(problem: Problem, plan: Plan, operands: Operands) -> list[tuple[Launch, tuple[np.void, ...]]]:
     """The plan's launches in order, each with its parameters."""
+    found: list[tuple[Launch, tuple[np.void, ...]]] = []
     if operands.summary is not None and operands.summary.launch is not None and operands.summary.params is not None:
-        yield operands.summary.launch, (operands.summary.params,)
+        found.append((operands.summary.launch, (operands.summary.params,)))
     if operands.mod_summary is not None:
-        yield operands.mod_summary.launch, operands.mod_summary.args
+        found.append((operands.mod_summary.launch, operands.mod_summary.args))
+    forward = None
     for launch in plan.launches:
         spec = launch.spec
-        if isinstance(spec, CombineSpec):
-            yield launch, (_combine_params(problem, plan, operands),)
-            continue
-        parts = plan.weights_parts if isinstance(spec, WeightsSpec) else plan.num_splits
-        mods = mods_of(spec)
-        args = NO_MODS if mods is None else operands.mod_args[mods]
-        yield launch, (_forward_params(problem, plan, operands, parts), args)
+        if spec.family == "weights":
+            params = _forward_params(problem, plan, operands, plan.weights_parts)
+        else:
+            if forward is None:  # `combine` is given the same
+                forward = _forward_params(problem, plan, operands, plan.num_splits)
+            params = forward
+        if spec.family == "combine":
+            found.append((launch, (params,)))
+        else:
+            found.append((launch, (params, NO_MODS if spec.mods is None else operands.mod_args[spec.mods])))
+    return found
 
 
 def _forward_params(problem: Problem, plan: Plan, operands: Operands, num_splits: int) -> np.void:
-    query, key, value, out, *others = operands.addresses
-    query_steps, key_steps, value_steps, out_steps = operands.steps
     num_heads_q, seqlen_q, seqlen_k, band = problem.num_heads_q, problem.seqlen_q, problem.seqlen_k, problem.band
-    return pack_forward(
-        query,
-        *query_steps,
-        key,
-        *key_steps,
-        value,
-        *value_steps,
-        out,
-        *out_steps,
-        *others,
+    params = pack_forward(
+        *operands.tensors,
+        *operands.workspace,
         problem.scale,
         *operands.batch_shape,
         problem.batch_size,
@@ -70,22 +64,5 @@ def _forward_params(problem: Problem, plan: Plan, operands: Operands, num_splits
         seqlen_k if band.upper is None else band.upper,
         operands.scores,
     )
-
-
-def _combine_params(problem: Problem, plan: Plan, operands: Operands) -> np.void:
-    _, _, _, out, lse, partial_out, partial_lse, _ = operands.addresses
-    return pack_combine(
-        out,
-        *operands.steps[3],
-        lse,
-        partial_out,
-        partial_lse,
-        operands.sinks[0],
-        *operands.batch_shape,
-        problem.batch_size,
-        problem.num_heads_q,
-        problem.seqlen_q,
-        problem.head_dim_v,
-        plan.num_splits,
-        operands.sinks[1],
-    )
+    block: np.void = np.frombuffer(params, FWD_PARAMS)[0]
+    return block

@@ -14,16 +14,14 @@ from ..problem.philox import dropout_threshold
 from ..problem.problem import Buffers, Problem
 from .mask_summary import MaskSummary, entries_once, summarize_mask
 from .modding import CallMods, ModSummary, summarize_mods
-from .params import BATCH_AXES, NO_SCORES, pack_scores
-from .rendering import mods_of
-from .strides import join_batch, steps_of
+from .params import BATCH_AXES, MASK, MOD_MARKS, NO_SCORES, pack_marks, pack_mask, pack_scores, pack_tensor
+from .strides import join_batch, steps_of, tensor_of
 
 __all__ = ["Copy", "Operands", "batch_refusals", "copies_of", "prepare"]
 
 # What a copy's rows begin at multiples of: as much as any kernel asks for.
 _COPY_ALIGNMENT = 16
-_NO_MASK = (0,) * (BATCH_AXES + 4)
-_NO_MARKS = (0,) * 4
+_NO_MASK, _NO_MARKS = bytes(MASK.itemsize), bytes(MOD_MARKS.itemsize)
 
 
 class Operands(NamedTuple):
@@ -34,15 +32,13 @@ class Operands(NamedTuple):
     value: Any  # (*batch, Hv, S, Ev)
     out: Any  # (*batch, Hq, L, Ev)
     lse: Any  # (*batch, Hq, L) contiguous: the caller's, or a new one that weights need; or None
-    partial_out: Any  # (num_splits, *batch, Hq, L, Ev) accumulators, or None
-    partial_lse: Any  # (num_splits, *batch, Hq, L, 2), or None
+    partial: Any  # accumulators (num_splits, *batch, Hq, L, 2) and behind them (num_splits, *batch, Hq, L, Ev), or None
     weights: Any  # (*batch, Hq, L, S) contiguous, or None
     # What of them goes into parameter blocks.
     batch_shape: tuple[int, ...]  # BATCH_AXES of them
-    addresses: list[int]  # of the eight arrays, 0 for None
-    steps: list[Any]  # for each of the first four its strides in elements, as in a Tensor
+    tensors: list[bytes]  # TENSOR of the first four arrays
+    workspace: tuple[int, int, int, int]  # addresses of lse, the two partial results and weights, 0 for None
     scores: bytes  # SCORE_PARAMS
-    sinks: tuple[int, int]  # as in COMBINE_PARAMS: address, and whether they are float32
     summary: MaskSummary | None  # of the bool mask by the plan's tiles
     mod_summary: ModSummary | None  # of mask_mod
     mod_args: dict[Mods, np.void]  # the second parameter of kernels with mods
@@ -62,57 +58,66 @@ def prepare(
     Unsupported
         The batch has more axes than a kernel carries, after joining those that lie behind one another in every array.
     """
-    itemsize = problem.element.storage.itemsize
-    alignment = _alignment(plan, itemsize)
-    arrays = [buffers.query, buffers.key, buffers.value, buffers.out]
-    addresses = [address(array) for array in arrays]
-    steps: list[Any] = [steps_of(array.shape, array.strides, itemsize, alignment) for array in arrays]
-    for i, array in enumerate(arrays):
-        if steps[i] is None or (addresses[i] % alignment and array.size):
-            make = _empty_rows_like if array is buffers.out else _copy
-            arrays[i] = array = make(array, problem.namespace)
-            addresses[i], steps[i] = address(array), steps_of(array.shape, array.strides, itemsize, 1)
+    query, key, value, out = arrays = buffers.query, buffers.key, buffers.value, buffers.out
+    itemsize = query.itemsize
+    alignment = plan.row_alignment
+    tensors = [
+        tensor_of(query, address(query), itemsize, alignment),
+        tensor_of(key, address(key), itemsize, alignment),
+        tensor_of(value, address(value), itemsize, alignment),
+        tensor_of(out, address(out), itemsize, alignment),
+    ]
+    if b"" in tensors:
+        makers = _copy, _copy, _copy, _empty_rows_like
+        arrays = tuple(
+            array if tensor else make(array, problem.namespace)
+            for array, tensor, make in zip(arrays, tensors, makers, strict=True)
+        )
+        tensors = [tensor_of(array, address(array), itemsize, 1) for array in arrays]
 
     batch_shape = problem.batch_shape
-    masks = [] if problem.has_plain_scores else _masks(buffers, address)
-    summary = None
-    if problem.has_bool_mask:
-        summary = _summary_for(plan, masks[-1], problem.namespace, address)
-    steps += [_mask_steps(mask) for mask in (*masks, *([summary.array] if summary else ()))]
-    if len(batch_shape) > BATCH_AXES:
-        batch_shape, steps = join_batch(batch_shape, tuple(steps))
-    mod_summary: ModSummary | None = None
+    scores, kept = NO_SCORES, ()
+    summary, mod_summary = None, None
     mod_args: dict[Mods, np.void] = {}
-    mod_arrays: tuple[Any, ...] = ()
-    if mods is not None:
-        mod_summary = summarize_mods(mods, problem, plan, buffers, address)
-        mod_args, mod_arrays = _pack_mods(mods, problem, plan, buffers, address)
-    scores, sinks, kept = NO_SCORES, (0, 0), ()
-    if problem.has_sinks or not problem.has_plain_scores:
-        marks = mod_summary.marks if mod_summary else _NO_MARKS
-        scores, sinks, kept = _scores(problem, buffers, masks, summary, marks, steps[4:], address)
+    if problem.has_sinks or not problem.has_plain_scores or len(batch_shape) > BATCH_AXES:
+        masks = _masks(buffers, address)
+        if problem.has_bool_mask:
+            summary = _summary_for(plan, masks[-1], problem.namespace, address)
+        steps = [_mask_steps(mask) for mask in (*masks, *([summary.array] if summary else ()))]
+        if len(batch_shape) > BATCH_AXES:
+            of_rows = [steps_of(array.shape, array.strides, itemsize, 1) for array in arrays]
+            batch_shape, joined = join_batch(batch_shape, (*of_rows, *steps))
+            tensors = [pack_tensor(address(array), *step) for array, step in zip(arrays, joined, strict=False)]
+            steps = joined[4:]
+        mod_arrays: tuple[Any, ...] = ()
+        if mods is not None:
+            mod_summary = summarize_mods(mods, problem, plan, buffers, address)
+            mod_args, mod_arrays = _pack_mods(mods, problem, plan, buffers, address)
+        marks = pack_marks(*mod_summary.marks) if mod_summary else _NO_MARKS
+        scores, kept = _scores(problem, buffers, masks, summary, marks, steps, address)
+        kept = (*kept, *mod_arrays)
+    lse, weights, partial, places = buffers.lse, buffers.weights, None, (0, 0)
     accumulator, xp = problem.element.accumulator, problem.namespace
-    lse, partial_out, partial_lse = buffers.lse, None, None
-    if lse is None and buffers.weights is not None and not problem.stops_at_scores:
-        lse = xp.empty(buffers.out.shape[:-1], accumulator)
-    if plan.num_splits > 1:
-        partial_out = xp.empty((plan.num_splits, *buffers.out.shape), accumulator)
-        partial_lse = xp.empty((*partial_out.shape[:-1], 2), accumulator)
-    workspace = (lse, partial_out, partial_lse, buffers.weights)
-    for array in workspace:
-        addresses.append(0 if array is None else address(array))
+    if lse is None and weights is not None and not problem.stops_at_scores:
+        lse = xp.empty(out.shape[:-1], accumulator)
+    if plan.num_splits > 1:  # one allocation, which takes longer than the arithmetic
+        num_rows = plan.num_splits * problem.batch_size * problem.num_heads_q * problem.seqlen_q
+        partial = xp.empty((num_rows * (2 + problem.head_dim_v),), accumulator)
+        place = address(partial)
+        places = place + 2 * num_rows * accumulator.itemsize, place
     return Operands(
-        *(arrays[0], arrays[1], arrays[2], arrays[3]),
-        *workspace,
+        *arrays,
+        lse,
+        partial,
+        weights,
         (1,) * (BATCH_AXES - len(batch_shape)) + batch_shape,
-        addresses,
-        steps[:4],
+        tensors,
+        (0 if lse is None else address(lse), *places, 0 if weights is None else address(weights)),
         scores,
-        sinks,
         summary,
         mod_summary,
         mod_args,
-        (*kept, *mod_arrays),
+        kept,
     )
 
 
@@ -120,7 +125,7 @@ def _pack_mods(
     mods: CallMods, problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[Any], int]
 ) -> tuple[dict[Mods, np.void], tuple[Any, ...]]:
     """For each kernel its second parameter; and the arrays that those point to."""
-    found = {mods_of(launch.spec) for launch in plan.launches} - {None}
+    found = {launch.spec.mods for launch in plan.launches} - {None}
     packed = {one: mods.pack(one, problem, buffers, address) for one in found if one is not None}
     arrays = [array for one in packed.values() for array in one.arrays]
     return {one: block.args for one, block in packed.items()}, tuple(arrays)
@@ -162,20 +167,17 @@ def _scores(
     buffers: Buffers,
     masks: list[Any],
     summary: MaskSummary | None,
-    marks: tuple[int, int, int, int],
+    marks: bytes,
     steps: list[Any],
     address: Callable[[Any], int],
-) -> tuple[bytes, tuple[int, int], tuple[Any, ...]]:
-    """What the kernels have to know of everything but the band: SCORE_PARAMS; the sinks; arrays to be kept."""
+) -> tuple[bytes, tuple[Any, ...]]:
+    """What the kernels have to know of everything but the band: SCORE_PARAMS; arrays to be kept."""
     alibi_slopes, seed = buffers.alibi_slopes, buffers.seed
     arrays = [*masks, *([summary.array] if summary else ())]
-    described = iter([(address(array), *step) for array, step in zip(arrays, steps, strict=True)])
+    described = iter([pack_mask(address(array), *step) for array, step in zip(arrays, steps, strict=True)])
     float_mask = _NO_MASK if buffers.float_mask is None else next(described)
     bool_mask = _NO_MASK if buffers.bool_mask is None else next(described)
-    sinks, sinks_of = (0, 0), None
-    if buffers.sinks is not None:
-        sinks_of = _packed(buffers.sinks, address)
-        sinks = (address(sinks_of), int(sinks_of.dtype == np.float32))
+    sinks = None if buffers.sinks is None else _packed(buffers.sinks, address)
     if alibi_slopes is not None:
         alibi_slopes = _packed(alibi_slopes, address)
     seed_is_array = seed is not None and not isinstance(seed, int)
@@ -183,12 +185,12 @@ def _scores(
         seed = _packed(seed, address)
     p = problem.dropout_p
     params = pack_scores(
-        *float_mask,
-        *bool_mask,
-        *next(described, _NO_MASK),
-        *marks,
+        float_mask,
+        bool_mask,
+        next(described, _NO_MASK),
+        marks,
         0 if alibi_slopes is None else address(alibi_slopes),
-        sinks[0],
+        0 if sinks is None else address(sinks),
         address(seed) if seed_is_array else 0,
         seed if seed is not None and not seed_is_array else 0,
         _softcap(problem),
@@ -196,9 +198,9 @@ def _scores(
         min(dropout_threshold(p), 2**32 - 1),
         problem.shift if problem.has_alibi else 0,
         problem.num_heads_q if alibi_slopes is not None and alibi_slopes.shape[0] > 1 else 0,
-        sinks[1],
+        int(sinks is not None and sinks.dtype == np.float32),
     )
-    return params.tobytes(), sinks, (*masks, sinks_of, alibi_slopes, seed)
+    return params, (*masks, sinks, alibi_slopes, seed)
 
 
 def _softcap(problem: Problem) -> float:
@@ -222,7 +224,7 @@ def copies_of(plan: Plan, buffers: Buffers, address: Callable[[Any], int]) -> li
     for name in ("query", "key", "value", "out"):
         array = getattr(buffers, name)
         itemsize = array.dtype.itemsize
-        alignment = _alignment(plan, itemsize)
+        alignment = plan.row_alignment
         if steps_of(array.shape, array.strides, itemsize, alignment) is None:
             reason = f"rows do not all begin at multiples of {alignment} bytes (strides {array.strides})"
             if array.shape[-1] != 1 and array.strides[-1] != itemsize:
@@ -248,11 +250,6 @@ def batch_refusals(problem: Problem, buffers: Buffers) -> list[str]:
     except Unsupported as error:
         return list(error.reasons["cuda"])
     return []
-
-
-def _alignment(plan: Plan, itemsize: int) -> int:
-    # Strides of less than an element would leave the kernels' strides, which count elements, with a remainder.
-    return max(plan.row_alignment, itemsize)
 
 
 def _copy(array: Any, xp: Any) -> Any:

@@ -14,7 +14,6 @@ import numpy as np
 
 __all__ = [
     "BATCH_AXES",
-    "COMBINE_PARAMS",
     "FWD_PARAMS",
     "MASK",
     "MAX_PARTS",
@@ -26,8 +25,11 @@ __all__ = [
     "SUMMARY_PARAMS",
     "TENSOR",
     "layout_checks",
-    "pack_combine",
     "pack_forward",
+    "pack_marks",
+    "pack_mask",
+    "pack_scores",
+    "pack_tensor",
 ]
 
 #: Batch axes that a kernel carries.
@@ -107,24 +109,6 @@ FWD_PARAMS = np.dtype(
     align=True,
 )
 
-COMBINE_PARAMS = np.dtype(
-    [
-        ("out", TENSOR),
-        ("lse", np.uintp),
-        ("partial_out", np.uintp),
-        ("partial_lse", np.uintp),
-        ("sinks", np.uintp),
-        ("batch_shape", np.int32, (BATCH_AXES,)),
-        ("batch_size", np.int32),
-        ("num_heads_q", np.int32),
-        ("seqlen_q", np.int32),
-        ("head_dim_v", np.int32),
-        ("num_splits", np.int32),
-        ("sinks_are_float", np.int32),
-    ],
-    align=True,
-)
-
 SUMMARY_PARAMS = np.dtype(
     [
         ("mask", MASK),
@@ -195,37 +179,26 @@ def layout_checks(structure: str, dtype: np.dtype[np.void]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _packer(structure: np.dtype[np.void]) -> Callable[..., np.void]:
-    """A function from all the numbers of a block, in the order of its fields and their elements, to the block.
+def _packer(structure: np.dtype[np.void]) -> Callable[..., bytes]:
+    """A function from the numbers of a structure, in the order of its fields and their elements, to its bytes.
 
-    SCORE_PARAMS within it are given as bytes: most calls share NO_SCORES.
-
-    It gives what ``np.array([nested tuples], structure)[0]`` does, in a quarter of the time.
+    A structure within it is given as bytes.  They are those of ``np.array([nested tuples], structure)``, in a small
+    part of the time.
     """
-    to_bytes = struct.Struct("=" + _format(structure)).pack
-
-    def pack(*numbers: float | bytes) -> np.void:
-        block: np.void = np.frombuffer(to_bytes(*numbers), structure)[0]
-        return block
-
-    return pack
-
-
-def _format(structure: np.dtype[np.void]) -> str:
-    """The structure in the language of `struct`, with its padding."""
     assert structure.fields is not None
-    text, end = "", 0
+    text, end = "=", 0
     for field, offset, *_ in structure.fields.values():
         base, shape = field.subdtype or (field, ())
-        code = f"{base.itemsize}s" if base == SCORE_PARAMS else _format(base) if base.fields else _CODES[base.str[1:]]
+        code = f"{base.itemsize}s" if base.fields else _CODES[base.str[1:]]
         text += f"{offset - end}x" + code * math.prod(shape)
         end = offset + field.itemsize
-    return text + f"{structure.itemsize - end}x"
+    return struct.Struct(text + f"{structure.itemsize - end}x").pack
 
 
 _CODES = {"u8": "Q", "i8": "q", "i4": "i", "u4": "I", "f8": "d"}
 
-pack_forward, pack_combine, pack_scores = _packer(FWD_PARAMS), _packer(COMBINE_PARAMS), _packer(SCORE_PARAMS)
+pack_tensor, pack_mask, pack_marks = _packer(TENSOR), _packer(MASK), _packer(MOD_MARKS)
+pack_scores, pack_forward = _packer(SCORE_PARAMS), _packer(FWD_PARAMS)
 
 #: The SCORE_PARAMS of a call that has nothing of the kind.
 NO_SCORES = bytes(SCORE_PARAMS.itemsize)

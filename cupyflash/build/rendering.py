@@ -9,7 +9,6 @@ from ..problem.dtypes import dtype_named
 from ..problem.problem import STAGES
 from .functor import render_mods
 from .params import (
-    COMBINE_PARAMS,
     FWD_PARAMS,
     MASK,
     MERGE_PARAMS,
@@ -23,7 +22,7 @@ from .params import (
 )
 from .source import ConfigValue, KernelSource, render
 
-__all__ = ["entry_of", "mods_of", "render_kernel"]
+__all__ = ["entry_of", "render_kernel"]
 
 _ELEMENTS = {"float16": "Float16", "bfloat16": "BFloat16", "float32": "float", "float64": "double"}
 _STRUCTURES = {
@@ -32,7 +31,6 @@ _STRUCTURES = {
     "ModMarks": MOD_MARKS,
     "ScoreParams": SCORE_PARAMS,
     "FwdParams": FWD_PARAMS,
-    "CombineParams": COMBINE_PARAMS,
     "SummaryParams": SUMMARY_PARAMS,
     "ModSummaryParams": MOD_SUMMARY_PARAMS,
     "Part": PART,
@@ -57,12 +55,8 @@ def _types(spec: KernelSpec) -> str:
     """ScoreMod, MaskMod and ModArgs, for the kernels that apply mods."""
     if not isinstance(spec, FwdSpec | WeightsSpec | ModSummarySpec):
         return ""
-    mods = mods_of(spec) or Mods()
+    mods = spec.mods or Mods()
     return f'#include "mods.cuh"\n{render_mods(mods.score, mods.mask)}'
-
-
-def mods_of(spec: KernelSpec) -> Mods | None:
-    return spec.features.mods if isinstance(spec, FwdSpec | WeightsSpec) else getattr(spec, "mods", None)
 
 
 def _constants(spec: KernelSpec) -> dict[str, ConfigValue]:
@@ -91,7 +85,7 @@ def _constants(spec: KernelSpec) -> dict[str, ConfigValue]:
         dtype = dtype_named(spec.dtype)
         written = spec.dtype if spec.stage == "softmax" else dtype.accumulator.name
         stage = STAGES.index(spec.stage)
-        return constants | {"Written": _ELEMENTS[written], "kStage": stage, "kPacked": False, "kSplit": False}
+        return constants | {"Written": _ELEMENTS[written], "kStage": stage, "kPacked": False}
     return constants | {
         "kBaseline": spec.baseline,
         "kHeadDim": spec.head_dim,
@@ -99,5 +93,4 @@ def _constants(spec: KernelSpec) -> dict[str, ConfigValue]:
         "kQInRegisters": spec.tile.q_in_registers,
         "kScaleFirst": features.scale_first,
         "kPacked": spec.packed,
-        "kSplit": spec.split,
     }

@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 from ..errors import Unsupported
 from ..problem.shapes import join, joinable_axes
-from .params import BATCH_AXES
+from .params import BATCH_AXES, pack_tensor
 
-__all__ = ["join_batch", "steps_of"]
+__all__ = ["join_batch", "steps_of", "tensor_of"]
 
 
-@lru_cache(maxsize=2048)
+def tensor_of(array: Any, place: int, itemsize: int, alignment: int) -> bytes:
+    """TENSOR of an array at that address; empty where `steps_of` says None, or the array begins at no such multiple."""
+    strides = array.strides
+    if len(strides) == 4:  # what nearly all calls have, in less time than any look-up of it takes
+        batch, head, row, element = strides
+        if element == itemsize and not (place | batch | head | row) % alignment:
+            return pack_tensor(place, 0, 0, 0, batch // itemsize, head // itemsize, row // itemsize)
+    steps = steps_of(array.shape, strides, itemsize, alignment)
+    if steps is None or (place % alignment and array.size):
+        return b""
+    return pack_tensor(place, *steps[-BATCH_AXES - 2 :])
+
+
 def steps_of(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, alignment: int) -> tuple[int, ...] | None:
     """Elements between entries along each batch axis, of which there are BATCH_AXES at least, between heads, rows.
 
     None if an element of a row does not follow the one before it, or if not all rows begin at multiples of `alignment`
     bytes where the first does.
     """
-    steps = [0 if n == 1 else stride for n, stride in zip(shape[:-1], strides[:-1], strict=True)]
-    if 0 not in shape:  # else nothing is read
-        if strides[-1] != itemsize and shape[-1] != 1:
-            return None
-        for step in steps:
-            if step % alignment:
-                return None
-    return (0,) * (BATCH_AXES + 2 - len(steps)) + tuple([step // itemsize for step in steps])
+    steps = [0] * (BATCH_AXES + 3 - len(shape))
+    fits = strides[-1] == itemsize or shape[-1] == 1
+    for n, stride in zip(shape[:-1], strides, strict=False):
+        if n == 1:
+            steps.append(0)
+        else:
+            steps.append(stride // itemsize)
+            if stride % alignment:
+                fits = False
+    return tuple(steps) if fits or 0 in shape else None  # nothing is read of an empty array
 
 
 @lru_cache(maxsize=512)

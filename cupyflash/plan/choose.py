@@ -12,8 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..errors import Unsupported
 from ..hashing import hash_once
@@ -103,16 +102,12 @@ class Candidate:
     behind: str = ""
 
 
-# What of a problem is refused whatever its lengths.
-_asked_of = attrgetter("dtype", "head_dim", "head_dim_v", "precision")
-
-
 def refusals(problem: Problem) -> list[str]:
     """What the problem asks and no kernel does on any device, one sentence each; empty if some kernel can run it.
 
     A score_mod or mask_mod that can't be traced is refused when it is: see `cupyflash.problem.trace`.
     """
-    reasons = list(_refused(_asked_of(problem)))
+    reasons = list(_refused(problem.of_any_length))
     seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
     if seqlen_q > _MAX_LENGTH:
         reasons.append(f"it takes lengths up to {_MAX_LENGTH}, but L was {seqlen_q}")
@@ -131,8 +126,9 @@ def refusals(problem: Problem) -> list[str]:
 
 
 @lru_cache(maxsize=512)
-def _refused(asked: tuple[Any, ...]) -> tuple[str, ...]:
-    dtype, head_dim, head_dim_v, precision = asked
+def _refused(problem: Problem) -> tuple[str, ...]:
+    """What is refused whatever the lengths."""
+    dtype, head_dim, head_dim_v, precision = problem.dtype, problem.head_dim, problem.head_dim_v, problem.precision
     reasons = []
     dtypes = sorted({dtype for row in TILES for dtype in row.dtypes})
     if dtype not in dtypes:
@@ -160,8 +156,7 @@ def choose(problem: Problem, device: DeviceSpec, mods: Mods | None = None, spec:
     Unsupported
         No kernel runs on the device; with a reason for each candidate.
     """
-    features = _features(problem, mods)
-    plan = _plan_forward(problem, features, device, spec)
+    plan = _plan_forward(problem, mods, device, spec)
     if problem.weights_stage is None:
         return plan
     tile, heads = WeightsSpec.tile, problem.batch_size * problem.num_heads_q
@@ -169,30 +164,24 @@ def choose(problem: Problem, device: DeviceSpec, mods: Mods | None = None, spec:
     if num_tiles == 0 or problem.seqlen_k == 0:  # there are no weights
         return _NOTHING if problem.stops_at_scores else plan
     parts = num_splits(num_tiles, math.ceil(problem.seqlen_k / tile.block_n), device.sms)
+    features = _features(problem, (False, False), mods)  # they look at both bounds in any case
     return _with_weights(plan, problem.dtype, problem.weights_stage, features, num_tiles * parts, parts)
 
 
-def _plan_forward(problem: Problem, features: Features, device: DeviceSpec, spec: FwdSpec | None) -> Plan:
-    queries = _queries(
-        problem.dtype,
-        problem.head_dim,
-        problem.head_dim_v,
-        features,
-        problem.batch_size,
-        (problem.num_heads_q, problem.num_heads_k, problem.num_heads_v),
-        problem.seqlen_q,
-        device,
-        spec,
-    )
+def _plan_forward(problem: Problem, mods: Mods | None, device: DeviceSpec, spec: FwdSpec | None) -> Plan:
+    band = problem.band
+    bounds = band.lower is not None, band.upper is not None
+    queries = _queries(problem.of_any_length, bounds, mods, problem.seqlen_q, device, spec)
     if queries is None:
         return _NOTHING
     if not queries.splits:
         return _plan(queries, 1)
-    num_key_tiles = math.ceil(_keys_of_a_tile(problem, queries.queries_of_a_tile) / queries.spec.tile.block_n)
-    return _plan(queries, num_splits(queries.num_tiles, num_key_tiles, queries.slots))
+    keys = _keys_of_a_tile(problem, queries.queries_of_a_tile)
+    return _plan_for_keys(queries, math.ceil(keys / queries.spec.tile.block_n))
 
 
-class _Queries(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Queries:
     """What is settled by all but the keys."""
 
     spec: FwdSpec
@@ -209,29 +198,40 @@ _NOTHING = Plan(())
 
 @lru_cache(maxsize=4096)
 def _queries(
-    dtype: str,
-    head_dim: int,
-    head_dim_v: int,
-    features: Features,
-    batch_size: int,
-    num_heads: tuple[int, int, int],
+    problem: Problem,
+    bounds: tuple[bool, bool],
+    mods: Mods | None,
     seqlen_q: int,
     device: DeviceSpec,
     spec: FwdSpec | None,
 ) -> _Queries | None:
-    """The kernel and its tiles of queries; None where there is nothing to compute."""
-    num_rows = batch_size * num_heads[0] * seqlen_q
+    """The kernel and its tiles of queries; None where there is nothing to compute.
+
+    Parameters
+    ----------
+    problem : Problem
+        Of any length.
+    bounds : (bool, bool)
+        Whether the band has a lower and an upper bound.
+    """
+    num_rows = problem.batch_size * problem.num_heads_q * seqlen_q
     if num_rows == 0:
         return None
+    features = _features(problem, bounds, mods)
     if spec is None:
-        selector = _selector(dtype, head_dim, head_dim_v, features, batch_size, num_heads, seqlen_q, device)
-        spec = choose_spec(selector, device)
-    pack = pack_of(num_heads, seqlen_q) if spec.packed else 1
-    num_tiles = _num_tiles(batch_size * num_heads[0], seqlen_q, spec.tile.block_m, pack)
+        spec = choose_spec(_selector(problem, features, seqlen_q, device), device)
+    pack = pack_of(_num_heads(problem), seqlen_q) if spec.packed else 1
+    num_tiles = _num_tiles(problem.batch_size * problem.num_heads_q, seqlen_q, spec.tile.block_m, pack)
     slots = device.sms * blocks_per_sm(spec, device)
     at_once = math.ceil(spec.tile.block_m / pack)
     splits = FAMILIES[spec.family].splits and not features.dropout
     return _Queries(spec, pack, num_tiles, num_rows, at_once, splits, slots)
+
+
+@lru_cache(maxsize=4096)
+def _plan_for_keys(queries: _Queries, num_key_tiles: int) -> Plan:
+    """The plan for so many tiles of keys that a tile of queries sees at most."""
+    return _plan(queries, num_splits(queries.num_tiles, num_key_tiles, queries.slots))
 
 
 @lru_cache(maxsize=4096)
@@ -242,7 +242,7 @@ def _plan(queries: _Queries, splits: int) -> Plan:
         return Plan((Launch(spec, (num_tiles,)),), 1, pack, row_alignment)
     combine = CombineSpec(spec.dtype)
     launches = (
-        Launch(replace(spec, split=True), (num_tiles * splits,)),
+        Launch(spec, (num_tiles * splits,)),
         Launch(combine, (math.ceil(queries.num_rows / combine.rows_per_block),)),
     )
     return Plan(launches, splits, pack, row_alignment)
@@ -285,36 +285,25 @@ def _weights_spec(dtype: str, stage: str, features: Features) -> WeightsSpec:
 
 def selector_of(problem: Problem, device: DeviceSpec, mods: Mods | None = None) -> Selector:
     """What of the problem selects a kernel."""
-    return _selector(
-        problem.dtype,
-        problem.head_dim,
-        problem.head_dim_v,
-        _features(problem, mods),
-        problem.batch_size,
-        (problem.num_heads_q, problem.num_heads_k, problem.num_heads_v),
-        problem.seqlen_q,
-        device,
-    )
+    bounds = problem.band.lower is not None, problem.band.upper is not None
+    return _selector(problem, _features(problem, bounds, mods), problem.seqlen_q, device)
 
 
-def _selector(
-    dtype: str,
-    head_dim: int,
-    head_dim_v: int,
-    features: Features,
-    batch_size: int,
-    num_heads: tuple[int, int, int],
-    seqlen_q: int,
-    device: DeviceSpec,
-) -> Selector:
+def _selector(problem: Problem, features: Features, seqlen_q: int, device: DeviceSpec) -> Selector:
     def rows_in_packs_of(pack: int) -> Rows:
         height = min(_WIDEST, math.ceil(seqlen_q * pack / _ROW_STEP) * _ROW_STEP)
-        return Rows(height, _num_tiles(batch_size * num_heads[0], seqlen_q, _WIDEST, pack) >= device.sms)
+        heads = problem.batch_size * problem.num_heads_q
+        return Rows(height, _num_tiles(heads, seqlen_q, _WIDEST, pack) >= device.sms)
 
     # Dropout is for training, which has queries in plenty; and the words of one draw are for queries of one head.
-    pack = 1 if features.dropout else pack_of(num_heads, seqlen_q)
+    pack = 1 if features.dropout else pack_of(_num_heads(problem), seqlen_q)
     packed_rows = rows_in_packs_of(pack) if pack > 1 else None
-    return Selector(dtype, head_dim, head_dim_v, features, rows_in_packs_of(1), packed_rows)
+    dims = problem.head_dim, problem.head_dim_v
+    return Selector(problem.dtype, *dims, features, rows_in_packs_of(1), packed_rows)
+
+
+def _num_heads(problem: Problem) -> tuple[int, int, int]:
+    return problem.num_heads_q, problem.num_heads_k, problem.num_heads_v
 
 
 @lru_cache(maxsize=512)
@@ -496,15 +485,14 @@ def every_spec() -> Iterator[KernelSpec]:
             row.tiles,
             [(dtype, features) for dtype in row.dtypes for features in _features_of(dtype)],
             (False, True) if family.packs else (False,),
-            (False, True) if family.splits else (False,),
         )
-        for tile, (dtype, features), packed, split in choices:
-            if features.dropout and (packed or split):
+        for tile, (dtype, features), packed in choices:
+            if features.dropout and packed:
                 continue
             rows = Rows(tile.block_m, True)
             selector = Selector(dtype, row.head_dim, row.head_dim_v, features, rows, rows if packed else None)
-            found[replace(_spec(row, tile, selector), split=split)] = None
-            if split:
+            found[_spec(row, tile, selector)] = None
+            if family.splits:
                 found[CombineSpec(dtype)] = None
     for dtype in dict.fromkeys(dtype for row in TILES for dtype in row.dtypes):
         for stage, features in itertools.product((*STAGES, "dropout"), _features_of(dtype)):
@@ -512,15 +500,16 @@ def every_spec() -> Iterator[KernelSpec]:
     yield from found
 
 
-def _features(problem: Problem, mods: Mods | None) -> Features:
+def _features(problem: Problem, bounds: tuple[bool, bool], mods: Mods | None) -> Features:
     if not problem.has_plain_scores:
         changed = bool(problem.softcap or problem.has_alibi)
         return _score_features(problem.float_mask_dtype, problem.has_bool_mask, changed, bool(problem.dropout_p), mods)
     if not _FOLDED_SCALES[0] <= problem.scale <= _FOLDED_SCALES[1]:
         return _ANY_SCALE
-    if problem.band.lower is not None:
+    has_lower, has_upper = bounds
+    if has_lower:
         return _WINDOW
-    return _FULL if problem.band.upper is None else _CAUSAL
+    return _CAUSAL if has_upper else _FULL
 
 
 @lru_cache(maxsize=512)

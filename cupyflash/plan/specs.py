@@ -110,8 +110,6 @@ class FwdSpec:
     features : Features
     packed : bool
         A tile's rows are all query heads that share a key head, query by query, rather than queries of one head.
-    split : bool
-        Several blocks share the keys of a tile of queries; each leaves a partial result for `combine`.
     baseline : int
         The oldest GPUs whose instructions it uses, of its family's.
     """
@@ -123,7 +121,6 @@ class FwdSpec:
     tile: TileConfig
     features: Features = Features()
     packed: bool = False
-    split: bool = False
     baseline: int = 80
 
     @cached_property
@@ -137,18 +134,23 @@ class FwdSpec:
         """Threads of a block."""
         return 32 * self.tile.num_warps
 
+    @property
+    def mods(self) -> Mods | None:
+        """The functions that are compiled in."""
+        return self.features.mods
+
     def __str__(self) -> str:
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}x{self.head_dim_v}"
         parts = [self.family, _SHORT_NAMES[self.dtype], dims, str(self.tile), str(self.features)]
         is_for_older = self.baseline < max(FAMILIES[self.family].baselines)
-        parts += ["packed" * self.packed, "split" * self.split, f"sm{self.baseline}" * is_for_older]
+        parts += ["packed" * self.packed, f"sm{self.baseline}" * is_for_older]
         return "-".join(filter(None, parts))
 
 
 @hash_once
 @dataclass(frozen=True)
 class CombineSpec:
-    """The kernel that joins the partial results of a split launch: one warp for each row of the output.
+    """The kernel that joins the partial results of blocks that share keys: one warp for each row of the output.
 
     Parameters
     ----------
@@ -159,6 +161,7 @@ class CombineSpec:
     dtype: str
 
     family = "combine"
+    mods = None
     shared_bytes = 0
     num_threads = 128
     rows_per_block = 4
@@ -194,6 +197,11 @@ class WeightsSpec:
     shared_bytes = (64 + 64) * 144
     num_threads = 256
 
+    @property
+    def mods(self) -> Mods | None:
+        """The functions that are compiled in."""
+        return self.features.mods
+
     def __str__(self) -> str:
         return "-".join(filter(None, [self.family, _SHORT_NAMES[self.dtype], self.stage, str(self.features)]))
 
@@ -203,6 +211,7 @@ class MaskSummarySpec:
     """The kernel that tells of each tile of a bool mask whether none, some or all of it is true: one warp for each."""
 
     family = "mask_summary"
+    mods = None
     shared_bytes = 0
     num_threads = 128
     tiles_per_block = 4
@@ -247,6 +256,7 @@ class MergeSpec:
     out_dtype: str
 
     family = "merge"
+    mods = None
     shared_bytes = 0
     num_threads = 128
     rows_per_block = 4
@@ -275,12 +285,12 @@ class Launch:
     spec: KernelSpec
     grid: tuple[int]
 
-    @property
+    @cached_property
     def block(self) -> tuple[int]:
         """Threads of a block."""
         return (self.spec.num_threads,)
 
-    @property
+    @cached_property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         return self.spec.shared_bytes
@@ -298,11 +308,12 @@ class Plan:
     ----------
     launches : tuple of Launch
     num_splits : int
-        Parts into which the keys of each tile of queries are divided.
+        Parts into which the keys of each tile of queries are divided; with more than one, each leaves a partial result
+        for `combine`.
     pack : int
         Query heads in one tile of rows.
     row_alignment : int
-        Bytes at whose multiples the kernels need rows to begin.
+        Bytes at whose multiples the kernels need rows to begin: at least an element's, since strides count elements.
     weights_parts : int
         Blocks that share the keys of each tile of weights.
     """

@@ -44,7 +44,7 @@ class Family:
     row_alignment : callable itemsize -> int
         Bytes at whose multiples rows have to begin.
     packs, splits : bool
-        Whether there are kernels whose tiles hold several heads, and kernels that share a tile's keys.
+        Whether there are kernels whose tiles hold several heads, and whether blocks may share a tile's keys.
     any_scale : bool
         Every kernel takes any scale: there is none with `Features.scale_first`.
     baselines : tuple of int

@@ -64,7 +64,7 @@ def plain_array(array: Any) -> Any:
 def check_precision(precision: str) -> str:
     """Return `precision` if it is known, or raise a TypeError or ValueError that says so."""
     _check_choice("precision", precision, _PRECISIONS)
-    return precision
+    return precision if type(precision) is str else str(precision)
 
 
 def array_like_query(name: str, array: Any, query: Any) -> Any:
@@ -174,7 +174,7 @@ def _check_number(name: str, number: Any) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, but was {number}")
-    return number
+    return number or 0.0  # equal numbers are one: not -0.0
 
 
 def check_scale(scale: Any) -> float | None:

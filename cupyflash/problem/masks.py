@@ -64,6 +64,9 @@ class Band:
         return (diagonal >= self.lower) & (diagonal <= self.upper)
 
 
+_FULL = Band()
+
+
 def band(
     is_causal: bool,
     window: Sequence[int | None] | None,
@@ -103,7 +106,7 @@ def checked_band(
         lower = None
     if upper is not None and upper >= seqlen_k - 1:
         upper = None
-    return Band(lower, upper), shift
+    return _FULL if lower is None and upper is None else Band(lower, upper), shift
 
 
 def check_align(align: str | int) -> str | int:

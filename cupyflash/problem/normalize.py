@@ -48,7 +48,6 @@ def normalize(
     key: Any,
     value: Any,
     attn_mask: Any = None,
-    *,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
@@ -64,19 +63,29 @@ def normalize(
     precision: str = "ieee",
     return_lse: bool = False,
     return_weights: bool = False,
-    stage: str | None = None,
     out: Any = None,
+    *,
+    stage: str | None = None,
 ) -> tuple[Problem, Buffers]:
-    """Validate a call and describe it.  With `value` None, `stage` says which weights are asked for instead."""
+    """Validate a call and describe it.  With `value` None, `stage` says which weights are asked for instead.
+
+    The arguments are in the order of `attention`'s.  What most calls leave at its default is looked at in place: a
+    function call for each argument would take as long as all the rest.
+    """
     library = library_of("query", query)
-    query = plain_array(query)
-    key = array_like_query("key", key, query)
-    if value is None and stage is not None:
-        value = key[..., :0] if key.ndim else key
-    else:
-        value = array_like_query("value", value, query)
+    if library == "numpy":
+        query = plain_array(query)
+    kind = type(query)
+    if type(key) is not kind:
+        key = array_like_query("key", key, query)
+    if type(value) is not kind:
+        if value is None and stage is not None:
+            value = key[..., :0] if key.ndim else key
+        else:
+            value = array_like_query("value", value, query)
     dtype = common_dtype(query, key, value)
 
+    is_plain = attn_mask is None and alibi_slopes is None and sinks is None and out is None
     float_mask, bool_mask = (None, None) if attn_mask is None else split_mask(attn_mask, query, dtype)
     if alibi_slopes is not None:
         alibi_slopes = array_like_query("alibi_slopes", alibi_slopes, query)
@@ -87,45 +96,53 @@ def normalize(
         if sinks.dtype != np.float32 and sinks.dtype != query.dtype:
             raise TypeError(f"sinks must be {dtype.name} (the query's dtype) or float32, but was {sinks.dtype}")
 
-    seed = None if seed is None else check_seed_array(seed, query)
+    if seed is not None:
+        seed = check_seed_array(seed, query)
     query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
-    check_lengths(query_shape, key_shape, value_shape)
+    if len(query_shape) < 2 or len(key_shape) < 2 or len(value_shape) < 2 or value_shape[-2] != key_shape[-2]:
+        check_lengths(query_shape, key_shape, value_shape)  # raises
+    seqlen_q, seqlen_k = query_shape[-2], key_shape[-2]
+    if not type(is_causal) is type(enable_gqa) is type(return_lse) is type(return_weights) is bool:
+        is_causal, enable_gqa = check_flag("is_causal", is_causal), check_flag("enable_gqa", enable_gqa)
+        return_lse, return_weights = check_flag("return_lse", return_lse), check_flag("return_weights", return_weights)
     asked = (
         library,
         dtype.name,
         query_shape[:-2],
         key_shape[:-2],
         value_shape[:-2],
-        (query_shape[-1], key_shape[-1], value_shape[-1]),
+        query_shape[-1],
+        key_shape[-1],
+        value_shape[-1],
         None if float_mask is None else DTYPES[float_mask.dtype].name,
         bool_mask is not None,
         None if alibi_slopes is None else alibi_slopes.shape,
         None if sinks is None else sinks.shape,
-        check_callable("score_mod", score_mod),
-        check_callable("mask_mod", mask_mod),
-        check_flag("is_causal", is_causal),
-        check_scale(scale),
-        check_flag("enable_gqa", enable_gqa),
-        check_window(window),
+        score_mod is not None and check_callable("score_mod", score_mod),
+        mask_mod is not None and check_callable("mask_mod", mask_mod),
+        is_causal,
+        None if scale is None else check_scale(scale),
+        enable_gqa,
+        None if window is None else check_window(window),
         check_align(align),
-        check_softcap(softcap),
-        check_dropout_p(dropout_p),
+        check_softcap(softcap) if type(softcap) is not float or softcap else 0.0,
+        check_dropout_p(dropout_p) if type(dropout_p) is not float or dropout_p else 0.0,
         check_precision(precision),
-        check_flag("return_lse", return_lse),
-        "dropout" if check_flag("return_weights", return_weights) else stage,
+        return_lse,
+        "dropout" if return_weights else stage,
     )
     described = _KNOWN.get(asked)
     if described is None:
         described = _describe(_Asked(*asked), query_shape, key_shape, value_shape)
-    problem = _with_lengths(described, query_shape[-2], key_shape[-2])
-    out_shape = (*described.query_lead, problem.seqlen_q, problem.head_dim_v)
+    problem = _with_lengths(described, seqlen_q, seqlen_k)
+    out_shape = (*described.query_lead, seqlen_q, value_shape[-1])
     returned_shape = out_shape if problem.has_head_axis else out_shape[1:]
     if float_mask is not None:
         float_mask = float_mask.reshape(_mask_shape(float_mask.shape, described, problem))
     if bool_mask is not None:
         bool_mask = bool_mask.reshape(_mask_shape(bool_mask.shape, described, problem))
     xp = problem.namespace
-    if library != "numpy":
+    if library != "numpy" and not (is_plain and query.device == key.device == value.device):
         check_devices(query, key, value, float_mask, bool_mask, alibi_slopes, sinks, out)
     if seed is None and problem.dropout_p:
         seed = int(np.random.randint(0, 2**64, dtype=np.uint64))  # noqa: NPY002, so that np.random.seed decides
@@ -142,38 +159,45 @@ def normalize(
         check_out(out, returned_shape, query, inputs, xp)
 
     returned = xp.empty(returned_shape, query.dtype) if out is None else out
-    canonical_out = plain_array(returned)
+    canonical_out = returned if out is None else plain_array(out)
     if not problem.has_head_axis:
         canonical_out = canonical_out[None]
-    accumulator = dtype.accumulator
+    if not described.is_canonical:
+        query = _broadcast(query, described.query_lead, xp)
+        key = _broadcast(key, described.key_lead, xp)
+        value = _broadcast(value, described.value_lead, xp)
+    weights = None
+    if problem.weights_stage:
+        written = dtype.accumulator if problem.stops_at_scores else query.dtype
+        weights = xp.empty((*out_shape[:-1], problem.seqlen_k), written)
     buffers = Buffers(
-        query=_broadcast(query, described.query_lead, xp),
-        key=_broadcast(key, described.key_lead, xp),
-        value=_broadcast(value, described.value_lead, xp),
-        float_mask=float_mask,
-        bool_mask=bool_mask,
-        alibi_slopes=alibi_slopes[None] if alibi_slopes is not None and alibi_slopes.ndim == 1 else alibi_slopes,
-        sinks=sinks,
-        score_mod=score_mod,
-        mask_mod=mask_mod,
-        seed=seed,
-        out=canonical_out,
-        lse=xp.empty(out_shape[:-1], accumulator) if return_lse else None,
-        weights=xp.empty((*out_shape[:-1], problem.seqlen_k), accumulator if problem.stops_at_scores else query.dtype)
-        if problem.weights_stage
-        else None,
-        returned=returned,
+        query,
+        key,
+        value,
+        float_mask,
+        bool_mask,
+        alibi_slopes[None] if alibi_slopes is not None and alibi_slopes.ndim == 1 else alibi_slopes,
+        sinks,
+        score_mod,
+        mask_mod,
+        seed,
+        canonical_out,
+        xp.empty(out_shape[:-1], dtype.accumulator) if return_lse else None,
+        weights,
+        returned,
     )
     return problem, buffers
 
 
 def restore(problem: Problem, buffers: Buffers) -> Any:
     """The caller's view of filled buffers: out, (out, lse), (out, weights) or (out, lse, weights)."""
+    if buffers.lse is None and buffers.weights is None:
+        return buffers.returned
     results = [buffers.returned]
     for extra in (buffers.lse, buffers.weights):
         if extra is not None:
             results.append(extra if problem.has_head_axis else extra[0])
-    return results[0] if len(results) == 1 else tuple(results)
+    return tuple(results)
 
 
 # --- what was asked, remembered from call to call -------------------------------------------------------------------
@@ -190,7 +214,9 @@ class _Asked(NamedTuple):
     query_lead: tuple[int, ...]
     key_lead: tuple[int, ...]
     value_lead: tuple[int, ...]
-    head_dims: tuple[int, int, int]  # query's, key's, value's
+    head_dim: int
+    head_dim_k: int
+    head_dim_v: int
     float_mask_dtype: str | None
     has_bool_mask: bool
     alibi_slopes: tuple[int, ...] | None
@@ -200,7 +226,7 @@ class _Asked(NamedTuple):
     is_causal: bool
     scale: float | None
     enable_gqa: bool
-    window: tuple[int | None, int | None]
+    window: tuple[int | None, int | None] | None
     align: str | int
     softcap: float
     dropout_p: float
@@ -219,6 +245,7 @@ class _Described:
     key_lead: tuple[int, ...]
     value_lead: tuple[int, ...]
     score_lead: tuple[int, ...]  # of the scores, as the caller sees them
+    is_canonical: bool  # query, key and value come in the canonical layout
 
 
 _KNOWN: dict[tuple[Any, ...], _Described] = {}
@@ -230,7 +257,7 @@ def _describe(asked: _Asked, query: tuple[int, ...], key: tuple[int, ...], value
     lead, score_lead, heads = lead_axes(query, key, value, asked.enable_gqa)
     num_heads_q, num_heads_k, num_heads_v = heads
     batch = lead[:-1]
-    head_dim, _, head_dim_v = asked.head_dims
+    head_dim, head_dim_v = asked.head_dim, asked.head_dim_v
     slopes, sinks, scale = asked.alibi_slopes, asked.sinks, asked.scale
     problem = Problem(
         library=asked.library,
@@ -259,27 +286,28 @@ def _describe(asked: _Asked, query: tuple[int, ...], key: tuple[int, ...], value
         return_lse=asked.return_lse,
         weights_stage=asked.weights_stage,
     )
-    batch_size = problem.batch_size  # kept, with the fields, by problems of other lengths
-    if slopes is not None and slopes not in ((num_heads_q,), (batch_size, num_heads_q)):
+    if slopes is not None and slopes not in ((num_heads_q,), (problem.batch_size, num_heads_q)):
         raise ValueError(
-            f"alibi_slopes must have shape {(num_heads_q,)} or {(batch_size, num_heads_q)} "
+            f"alibi_slopes must have shape {(num_heads_q,)} or {(problem.batch_size, num_heads_q)} "
             f"([batch,] query heads), but had shape {slopes}"
         )
     if sinks is not None and sinks != (num_heads_q,):
         raise ValueError(f"sinks must have shape {(num_heads_q,)} (query heads), but had shape {sinks}")
 
+    problem = problem.settled()
     if len(_KNOWN) >= _MOST_KNOWN:
         _KNOWN.clear()
-    described = _KNOWN[asked] = _Described(
-        asked, problem, (*batch, num_heads_q), (*batch, num_heads_k), (*batch, num_heads_v), score_lead
-    )
+    leads = (*batch, num_heads_q), (*batch, num_heads_k), (*batch, num_heads_v)
+    is_canonical = leads == (asked.query_lead, asked.key_lead, asked.value_lead)
+    described = _KNOWN[asked] = _Described(asked, problem, *leads, score_lead, is_canonical)
     return described
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=64)  # few, for a loop that never sees the same lengths again
 def _with_lengths(described: _Described, seqlen_q: int, seqlen_k: int) -> Problem:
     asked = described.asked
-    diagonals, shift = checked_band(asked.is_causal, asked.window, asked.align, seqlen_q, seqlen_k)
+    window = (None, None) if asked.window is None else asked.window
+    diagonals, shift = checked_band(asked.is_causal, window, asked.align, seqlen_q, seqlen_k)
     return described.problem.with_lengths(seqlen_q, seqlen_k, diagonals, shift)
 
 

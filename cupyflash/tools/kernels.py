@@ -20,7 +20,7 @@ from ..build.rendering import entry_of, render_kernel
 from ..plan.choose import every_spec
 from ..plan.device import DEVICES, DeviceSpec
 from ..plan.specs import CombineSpec, FwdSpec, KernelSpec, WeightsSpec
-from ..plan.tiles import rows_for
+from ..plan.tiles import FAMILIES, rows_for
 from ..problem.dtypes import dtype_named
 
 __all__ = ["ARCHITECTURES", "KernelRow", "as_json", "as_table", "device_of", "kernel_rows", "specs_of"]
@@ -90,7 +90,7 @@ def device_of(arch: str) -> DeviceSpec:
 def specs_of(device: DeviceSpec, match: str = "") -> list[KernelSpec]:
     """Every kernel that a plan may name for that GPU and whose name holds `match`, by name."""
     found = [spec for spec in every_spec() if isinstance(spec, FwdSpec) and _runs_on(spec, device)]
-    partial_results = {spec.dtype for spec in found if spec.split}
+    partial_results = {spec.dtype for spec in found if FAMILIES[spec.family].splits}
     combines = [spec for spec in every_spec() if isinstance(spec, CombineSpec) and spec.dtype in partial_results]
     # A forward pass comes before weights.
     dtypes = {spec.dtype for spec in found}

@@ -60,8 +60,8 @@ def combinations(pair: Pair) -> Iterator[Hashable]:
     spec, arch = pair
     yield from ((arch, trait) for trait in _traits_of(spec))
     if isinstance(spec, FwdSpec):
-        yield _row(spec), spec.features, spec.packed, spec.split
-        yield arch, spec.family, spec.dtype, spec.features, spec.packed, spec.split
+        yield _row(spec), spec.features, spec.packed
+        yield arch, spec.family, spec.dtype, spec.features, spec.packed
 
 
 @cache

@@ -32,7 +32,6 @@ class Spec:
     has_upper: bool = False
     scale_first: bool = False
     packed: bool = False
-    split: bool = False
     baseline: int = 80
 
     @property
@@ -40,7 +39,7 @@ class Spec:
         tile = TileConfig(16 * self.num_warps, self.block_n, self.num_warps, self.q_in_registers)
         features = Features(self.has_lower, self.has_upper, self.scale_first)
         dims = (self.head_dim, self.head_dim_v or self.head_dim)
-        return FwdSpec("fwd_sm80", self.dtype, *dims, tile, features, self.packed, self.split, self.baseline)
+        return FwdSpec("fwd_sm80", self.dtype, *dims, tile, features, self.packed, self.baseline)
 
     @property
     def shared_bytes(self) -> int:
@@ -100,7 +99,7 @@ def forward(spec, q, k, v, *, kernel=None, options: Options | None = None, num_s
 
     What lies between rows is NaN too, and has to stay so in `out`.
 
-    With `spec.split` they are the parts, joined.
+    With splits they are the parts, joined.
     """
     operands = []
     for name, array in (("q", q), ("k", k), ("v", v)):
@@ -111,7 +110,7 @@ def forward(spec, q, k, v, *, kernel=None, options: Options | None = None, num_s
     whole_out, out = guarded_rows(shape, q.dtype, "out")
     lse = guarded_array(shape[:3], np.float32, "lse")
     partial = None
-    if spec.split:
+    if num_splits > 1:
         partial = (
             guarded_array((num_splits, *shape), np.float32, "partial_out"),
             guarded_array((num_splits, *shape[:3], 2), np.float32, "partial_lse"),

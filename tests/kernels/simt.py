@@ -36,7 +36,7 @@ def planned(
     spec = plan.launches[0].spec
     assert isinstance(spec, FwdSpec)
     assert spec.family == "fwd_simt"
-    spec = replace(spec, packed=pack > 1, split=splits > 1)
+    spec = replace(spec, packed=pack > 1)
     heads = problem.batch_size * problem.num_heads_q
     tiles = math.ceil(problem.seqlen_q * pack / spec.tile.block_m) * (heads // pack)
     steps = [Launch(spec, (tiles * splits,))]
@@ -66,12 +66,12 @@ def run(
     operands = prepare(problem, plan, buffers._replace(out=out, lse=lse), lambda array: array.ctypes.data, mods)
     if plan.num_splits > 1:
         # Guarded, and full of NaN, like the rest of what is written.
-        partials = [guarded_copy(np.full_like(x, np.nan), "a partial result") for x in (operands[5], operands[6])]
-        operands = operands._replace(
-            partial_out=partials[0],
-            partial_lse=partials[1],
-            addresses=[*operands.addresses[:5], *(x.ctypes.data for x in partials), operands.addresses[7]],
-        )
+        rows = (plan.num_splits, *rows)
+        shapes = {"partial_out": (*rows, problem.head_dim_v), "partial_lse": (*rows, 2)}
+        partial = [guarded_copy(np.full(shape, np.nan, accumulator), name) for name, shape in shapes.items()]
+        lse_place, *_, weights_place = operands.workspace
+        places = (lse_place, *(array.ctypes.data for array in partial), weights_place)
+        operands = operands._replace(partial=partial, workspace=places)
     out[...] = lse[...] = np.nan
     for launch, args in launches(problem, plan, operands):
         compiled = kernel if kernel is not None and isinstance(launch.spec, FwdSpec) else module(launch.spec)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cupyflash.backends.emulator import Module, Options, guarded_array, guarded_copy
-from cupyflash.build.params import COMBINE_PARAMS
+from cupyflash.build.params import FWD_PARAMS
 from cupyflash.build.rendering import render_kernel
 from cupyflash.merge import merge_attention
 from cupyflash.plan.specs import CombineSpec
@@ -39,7 +39,7 @@ def combine(dtype, outs, lses, *, sums=None, out=None, with_lse=True, options=No
     lse[...] = np.nan
     parts = guarded_copy(outs, "partial_out"), guarded_copy(sums, "partial_lse")
     batch, head, row = (stride // out.itemsize for stride in out.strides[:3])
-    params = np.zeros((), COMBINE_PARAMS)
+    params = np.zeros((), FWD_PARAMS)
     params["out"] = (out.ctypes.data, (0, 0, 0, batch), head, row)
     params["lse"] = lse.ctypes.data if with_lse else 0
     params["partial_out"], params["partial_lse"] = (part.ctypes.data for part in parts)

@@ -160,9 +160,9 @@ def test_packed_tiles_are_fewer():
 @pytest.mark.parametrize(
     "spec",
     [
-        Spec(split=True, block_n=32),
-        Spec(split=True, packed=True, block_n=32, head_dim=128, head_dim_v=256, q_in_registers=False),
-        Spec(split=True, packed=True, block_n=32, baseline=75),
+        Spec(block_n=32),
+        Spec(packed=True, block_n=32, head_dim=128, head_dim_v=256, q_in_registers=False),
+        Spec(packed=True, block_n=32, baseline=75),
     ],
     ids=str,
 )
@@ -335,13 +335,13 @@ def test_key_tiles(has_lower, has_upper):
 struct Config {{
   static constexpr int kBlockM = {block_m}, kBlockN = {block_n};
   static constexpr bool kHasLower = {str(has_lower).lower()}, kHasUpper = {str(has_upper).lower()};
-  static constexpr bool kPacked = true, kSplit = true;
+  static constexpr bool kPacked = true;
 }};
 #include "mask.cuh"
 extern "C" __global__ void ranges(FwdParams params, u32* out) {{
   const FwdWork work = {{0, 0, Config::kBlockM * (isa::block_index_x() / params.num_splits),
                          isa::block_index_x() % params.num_splits}};
-  const KeyTiles tiles = key_tiles<Config>(params, work);
+  const KeyTiles tiles = key_tiles<Config>(params, work).share(work.split, params.num_splits);
   u32* mine = out + 4 * isa::block_index_x();
   isa::stg_4(mine, tiles.begin);
   isa::stg_4(mine + 1, tiles.end);

@@ -166,8 +166,8 @@ SIMT_PACKED_SPLIT = Case(
 MODDED = heads(1, 2, 70, 330, 40, dtype="float32", score_mod="look_up").arguments() | {"mask_mod": DOCUMENT_MASK}
 # Both ends of the band: masked tiles on the left, whole ones, masked ones on the right.
 BAND = forward.Spec(has_lower=True, has_upper=True)
-# Q stays in shared memory; with a split the last step of one block is not the last of the keys.
-PACKED_SPLIT = forward.Spec(head_dim=32, block_n=32, has_upper=True, q_in_registers=False, packed=True, split=True)
+# Q stays in shared memory; with splits the last step of one block is not the last of the keys.
+PACKED_SPLIT = forward.Spec(head_dim=32, block_n=32, has_upper=True, q_in_registers=False, packed=True)
 SM75 = forward.Spec(has_upper=True, baseline=75)
 Q_ARRIVED = (
     "if constexpr (Traits::kAsync && Config::kQInRegisters) isa::cp_async_commit();  // else with K",
@@ -416,7 +416,7 @@ def test_bad_exemptions_are_refused() -> None:
         ("fwd_sm80.cu, packed, split", "if (row >= FwdWork::num_rows<Config>(params)) continue;", ""),
         ("fwd_sm80.cu, packed, split", "tiles.full_begin <= tile && tile < tiles.full_end", "true"),
         ("fwd_sm80.cu, packed, split", "num_heads_q + head + row % pack)", "num_heads_q + head)"),
-        ("fwd_sm80.cu, packed, split", "at_most(tiles.begin + share, tiles.end)", "tiles.end"),
+        ("fwd_sm80.cu, packed, split", "at_most(first + length, end)", "end"),
         ("fwd_sm80.cu, sm_75", "isa::mma_m16n8k8(Element(), acc, a_frag[2], a_frag[3], b1);", ";"),
         ("fwd_sm80.cu, sm_75", "isa::st_shared_16(chunk_smem + place, values[panel]);", ";"),
         (
@@ -424,8 +424,8 @@ def test_bad_exemptions_are_refused() -> None:
             "scale_log2(static_cast<float>(params.scale) * kLog2E)",
             "scale_log2(static_cast<float>(params.scale))",
         ),
-        ("fwd_simt.cu", "forward.kv_step<false>(tile, is_whole);", ";"),
-        ("fwd_simt.cu", "forward.kv_step<true>(tile, is_whole);", ";"),
+        ("fwd_simt.cu", "tiles.full_begin <= tile && tile < tiles.full_end", "true"),
+        ("fwd_simt.cu", "if (!is_full) mask_scores(first_key);", ""),
         ("fwd_simt.cu", "row_begin + row < num_rows && column_begin", "column_begin"),
         (
             "fwd_simt.cu",
@@ -434,9 +434,9 @@ def test_bad_exemptions_are_refused() -> None:
         ),
         ("fwd_simt.cu", "if (column < params.head_dim_v)", ""),
         ("fwd_simt.cu", "lse != nullptr && lane_x == 0", "lse != nullptr && lane_x == 0 && r != 3"),
-        ("fwd_simt.cu, packed, split", "forward.kv_step<false>(tile, is_whole);", ";"),
+        ("fwd_simt.cu, packed, split", "tile < tiles.full_end", "true"),
         ("fwd_simt.cu, packed, split", "column_begin + column < num_columns", "true"),
-        ("fwd_simt.cu, packed, split", "at_most(tiles.begin + share, tiles.end)", "tiles.end"),
+        ("fwd_simt.cu, packed, split", "at_most(first + length, end)", "end"),
         ("weights.cu", "compute_tile(tile);", "remove_tile();"),
         ("weights.cu", "if (is_lse_coarse())", "if (false)"),
         ("weights.cu", "if (row < params.seqlen_q)", "if (row <= params.seqlen_q)"),

@@ -113,7 +113,7 @@ WRONG = [
     ("row * mask.row_stride", "0"),
     ("work.row_begin / Config::kBlockM;", "0;"),
     ("of(tile) == 0", "of(tile) != 2"),
-    ("if (scores.sinks != nullptr)", "if (false)"),
+    ("if (scores.sinks != nullptr && !is_part)", "if (false)"),
     ("end.factor *= static_cast<Real>(scores.dropout_scale);", ""),
     ("if (scores.seed_data == nullptr) return", "return"),
 ]
@@ -131,8 +131,15 @@ WRONG_WITH_MODS = [
     ("work.head / FwdWork::heads_per_tile<Config>(params)", "0"),
     ("mark = mod_mark < mark ? mod_mark : mark;", "mark = mod_mark;"),
     ("const u32 mod_mark = mod_marks == nullptr ? 1 : isa::ldg_1(mod_marks + tile);", "const u32 mod_mark = 2;"),
-    ("return MaskMod::apply(Coord{batch, head, query, key}, mods);", "return true;"),
 ]
+WRONG_WITH_MODS_OF = {
+    "fwd_sm80": [
+        ("if (!MaskMod::apply(at, mods)) removed |= 1u << (4 * n + i);", ""),
+        ("if (removed >> (4 * n + i) & 1)", "if (removed >> n & 1)"),
+        ("FwdWork::query_of<Config>(params, row),\n                        first_key", "row_begin,\n first_key"),
+    ],
+    "fwd_simt": [("return MaskMod::apply(Coord{batch, head, query, key}, mods);", "return true;")],
+}
 # Lines for one family.
 WRONG_OF = {
     "fwd_sm80": [
@@ -185,7 +192,10 @@ def test_problems_reach_every_line(family: str, code: str, wrong: str) -> None:
     assert_caught(family, code, wrong, PROBLEMS)
 
 
-@pytest.mark.parametrize(("family", "code", "wrong"), [(name, *line) for name in FAMILIES for line in WRONG_WITH_MODS])
+@pytest.mark.parametrize(
+    ("family", "code", "wrong"),
+    [(name, *line) for name in FAMILIES for line in (*WRONG_WITH_MODS, *WRONG_WITH_MODS_OF[name])],
+)
 def test_mods_reach_every_line_of_theirs(family: str, code: str, wrong: str) -> None:
     assert_caught(family, code, wrong, (with_mods,))
 

@@ -15,7 +15,7 @@ from cupyflash.errors import Unsupported
 from cupyflash.plan.choose import every_spec
 from cupyflash.plan.device import DEVICES
 from cupyflash.plan.specs import CombineSpec, FwdSpec
-from cupyflash.plan.tiles import TILES
+from cupyflash.plan.tiles import FAMILIES, TILES
 from cupyflash.tools import kernels
 from cupyflash.tools.kernels import ARCHITECTURES, KernelRow, as_json, as_table, device_of, kernel_rows, specs_of
 
@@ -46,7 +46,7 @@ def test_a_gpu_has_the_kernels_of_the_rows_that_count_for_it(device: Any) -> Non
     reached = {(row.family, row.head_dim, row.head_dim_v) for row in TILES if row.since <= device.cc}
     listed = {(spec.family, spec.head_dim, spec.head_dim_v) for spec in found if isinstance(spec, FwdSpec)}
     assert listed <= reached
-    split = {spec.dtype for spec in found if isinstance(spec, FwdSpec) and spec.split}
+    split = {spec.dtype for spec in found if isinstance(spec, FwdSpec) and FAMILIES[spec.family].splits}
     assert {spec.dtype for spec in found if isinstance(spec, CombineSpec)} == split
 
 

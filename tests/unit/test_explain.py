@@ -37,7 +37,7 @@ def half(*shape: int) -> np.ndarray:
 def test_what_is_printed_is_the_str(capsys: pytest.CaptureFixture[str]) -> None:
     found = explain(half(1, 8, 512, 64), half(1, 8, 512, 64), half(1, 8, 512, 64), device="H200")
     assert capsys.readouterr().out == f"{found}\n"
-    assert repr(found) == "<Explanation: cuda on H200, fwd_sm80-f16-d64-m64n64w4-split, combine-f16>"
+    assert repr(found) == "<Explanation: cuda on H200, fwd_sm80-f16-d64-m64n64w4, combine-f16>"
 
 
 @pytest.mark.parametrize("device", [name for name, device in DEVICES.items() if device.cc >= (8, 0)])
@@ -50,10 +50,9 @@ def test_the_plan_is_that_of_the_backend(device: str, lengths: tuple[int, int]) 
     assert (found.backend, found.device, found.refusals) == ("cuda", DEVICES[device], ())
     for launch in found.plan.launches:
         assert f"  {launch.spec}: {launch.grid[0]} blocks of {launch.block[0]} threads" in str(found)
-    # How many blocks share keys is decided after the kernel.
     spec = found.plan.launches[0].spec
     assert isinstance(spec, FwdSpec)
-    assert [c.spec for c in found.candidates if not c.reasons and not c.behind] == [replace(spec, split=False)]
+    assert [c.spec for c in found.candidates if not c.reasons and not c.behind] == [spec]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

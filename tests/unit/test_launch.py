@@ -15,7 +15,18 @@ from cupyflash.backends.emulated import options_from
 from cupyflash.backends.emulator import Options
 from cupyflash.build.launch import launches
 from cupyflash.build.operands import prepare
-from cupyflash.build.params import COMBINE_PARAMS, FWD_PARAMS, SCORE_PARAMS, pack_combine, pack_forward, pack_scores
+from cupyflash.build.params import (
+    FWD_PARAMS,
+    MASK,
+    MOD_MARKS,
+    SCORE_PARAMS,
+    TENSOR,
+    pack_forward,
+    pack_marks,
+    pack_mask,
+    pack_scores,
+    pack_tensor,
+)
 from cupyflash.plan.choose import choose
 from cupyflash.plan.device import EMULATOR
 from cupyflash.problem.normalize import normalize
@@ -55,40 +66,31 @@ def test_of_more_axes_those_that_lie_behind_one_another_become_one() -> None:
     assert params["v"]["batch_strides"].tolist() == [0, 4 * 4 * 7 * 64, 0, 4 * 7 * 64]
 
 
-def numbers_of(block: Any) -> list[Any]:
-    """Every number of a block, in the order of the fields; SCORE_PARAMS within another block are bytes."""
-    if isinstance(block, np.void):
-        fields = [block[name] for name in block.dtype.names or ()]
-        return [
-            number
-            for field in fields
-            for number in ([field.tobytes()] if field.dtype == SCORE_PARAMS else numbers_of(field))
-        ]
-    return np.ravel(block).tolist()
-
-
 @pytest.mark.parametrize(
-    ("structure", "pack"), [(FWD_PARAMS, pack_forward), (COMBINE_PARAMS, pack_combine), (SCORE_PARAMS, pack_scores)]
+    ("structure", "pack"),
+    [
+        (FWD_PARAMS, pack_forward),
+        (SCORE_PARAMS, pack_scores),
+        (TENSOR, pack_tensor),
+        (MASK, pack_mask),
+        (MOD_MARKS, pack_marks),
+    ],
 )
-def test_a_block_has_the_bytes_that_numpy_gives_it(structure: Any, pack: Any) -> None:
-    expected = np.zeros(1, structure)  # padding is zero in both
-    numbers = iter(range(1, 1000))
-
-    def fill(block: Any, structure: Any) -> None:
-        for name in structure.names:
-            field = structure[name]
-            if field.names:
-                fill(block[name], field)
-            else:
-                block[name] = np.reshape([next(numbers) for _ in range(np.prod(field.shape, dtype=int))], field.shape)
-
-    fill(expected[0], structure)
-    block = pack(*numbers_of(expected[0]))
-    assert isinstance(block, np.void)
-    assert block.dtype == structure
-    assert block.tobytes() == expected.tobytes()
+def test_a_structure_has_the_bytes_that_numpy_gives_it(structure: Any, pack: Any) -> None:
+    expected = np.zeros(1, structure)[0]  # padding is zero in both
+    numbers: list[Any] = []
+    for place, name in enumerate(structure.names):
+        field = structure[name]
+        if field.names:  # a structure within it is given as bytes
+            numbers.append(bytes([place] * field.itemsize))
+            expected[name] = np.frombuffer(numbers[-1], field)[0]
+        else:
+            values = range(100 * place + 1, 100 * place + 1 + int(np.prod(field.shape)))
+            numbers += values
+            expected[name] = np.reshape(values, field.shape)
+    assert pack(*numbers) == expected.tobytes()
     with pytest.raises(struct.error):
-        pack(*numbers_of(expected[0])[:-1])
+        pack(*numbers[:-1])
 
 
 @pytest.mark.parametrize("stage", ["raw", "biased", "softmax", "dropout"])

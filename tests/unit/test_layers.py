@@ -22,6 +22,7 @@ ORDER = [
     "errors",
     "hashing",
     "interop",
+    "environment",
     "problem",
     "problem.dtypes",
     "problem.masks",

@@ -175,7 +175,7 @@ def test_decoding_fills_the_device(device: str, batch: int, seqlen_k: int) -> No
     assert first.grid[0] >= 0.75 * slots
     assert plan.num_splits <= seqlen_k / 64
     assert plan == choose(decode(batch, seqlen_k), spec)
-    assert first.spec.split == (plan.num_splits > 1) == (len(plan.launches) == 2)
+    assert (plan.num_splits > 1) == (len(plan.launches) == 2)
 
 
 @pytest.mark.usefixtures("splits")
@@ -444,8 +444,7 @@ def test_every_spec_has_a_name_of_its_own_and_is_what_choose_gives() -> None:
         for changes in ({}, *changes_of_scores(dtype))
     }
     assert chosen <= set(specs)
-    # Those that share keys are the narrow ones: wide tiles are chosen where there are enough of them.
-    assert {spec for spec in set(specs) - chosen if not getattr(spec, "split", False)} == set()
+    assert set(specs) <= chosen
     assert CombineSpec("float16") in chosen
 
 
@@ -461,9 +460,7 @@ def test_dropout_is_neither_packed_nor_split() -> None:
     assert choose(decode(1, 100_000), H200).num_splits > 1
     plan = choose(decode(1, 100_000, dropout_p=0.5), H200)
     assert (plan.pack, plan.num_splits) == (1, 1)
-    assert not any(
-        spec.features.dropout and (spec.packed or spec.split) for spec in every_spec() if isinstance(spec, FwdSpec)
-    )
+    assert not any(spec.features.dropout and spec.packed for spec in every_spec() if isinstance(spec, FwdSpec))
 
 
 def test_the_name_says_the_baseline_where_there_are_several() -> None:
