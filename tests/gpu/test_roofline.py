@@ -253,7 +253,7 @@ def test_every_known_gpu_has_rates(roofline: ModuleType) -> None:
 
 
 def test_specs(roofline: ModuleType, disassembler: str, capsys: pytest.CaptureFixture[str]) -> None:
-    match = "fwd_sm80-bf16-d64-m64n64w4-causal-split"
+    match = "fwd_sm80-bf16-d64-m64n64w4-causal-packed"
     assert roofline.main(["--device", "A100", "--specs", "--match", match]) == 0
     heading, line = capsys.readouterr().out.splitlines()
     assert heading.split()[:2] == ["kernel", "limit"]
