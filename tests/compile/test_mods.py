@@ -14,6 +14,7 @@ import pytest
 from cupyflash import mods
 from cupyflash.build.cache import Cache
 from cupyflash.build.nvrtc import Resources, compile_cubin
+from cupyflash.plan.choose import Rows, Selector, choose_spec
 from cupyflash.plan.device import DEVICES
 from cupyflash.plan.specs import Features, FwdSpec, KernelSpec, Mods, ModSummarySpec, WeightsSpec
 from cupyflash.plan.tiles import TILES, TileConfig
@@ -101,13 +102,11 @@ def mods_of(score: str | None, mask: str | None) -> Mods:
 
 
 def forward_specs(arch: str, mods: Mods, dims: Sequence[tuple[int, int]]) -> Iterator[FwdSpec]:
-    """Of each head dims the kernel of most registers that runs there."""
-    baseline = 75 if arch == "sm_75" else 80
-    for row in TILES:
-        if row.family == "fwd_sm80" and row.baseline == baseline and (row.head_dim, row.head_dim_v) in dims:
-            features = replace(BAND, mods=mods)
-            dims_of = (row.head_dim, row.head_dim_v)
-            yield FwdSpec(row.family, "float16", *dims_of, row.tiles[0], features, packed=True, baseline=baseline)
+    """For each head dims what is chosen for long sequences, in which heads share a tile."""
+    device = next(device for device in DEVICES.values() if device.arch == arch)
+    rows = Rows(128, True)
+    for head_dim, head_dim_v in dims:
+        yield choose_spec(Selector("float16", head_dim, head_dim_v, replace(BAND, mods=mods), rows, rows), device)
 
 
 def pairs() -> Iterator[Pair]:
@@ -115,7 +114,7 @@ def pairs() -> Iterator[Pair]:
     for arch in ARCHITECTURES:
         most = mods_of("relative_position_bias", "document_mask")
         specs: list[KernelSpec] = [
-            *forward_specs(arch, most, [(64, 64), (256, 256)]),
+            *forward_specs(arch, most, [(64, 64), (192, 192), (256, 256)]),
             FwdSpec("fwd_simt", "float32", 256, 128, simt_tile(128), replace(BAND, scale_first=False, mods=most)),
             WeightsSpec("float32", "biased", Features(True, True, mods=most)),
             ModSummarySpec(mods_of(None, "document_mask")),
