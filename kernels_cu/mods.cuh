@@ -6,6 +6,7 @@
 //
 //     struct ScoreMod {                    // s <- score_mod(s, b, h, i, j)
 //       static constexpr bool kIdentity;   // true: there is none
+//       static constexpr bool kLooksUpByKey;  // it reads another element for another key
 //       template <class Real>
 //       static Real apply(Real score, const Coord& at, const ModArgs& args);
 //     };

@@ -252,6 +252,11 @@ __device__ __forceinline__ void change_scores(float (&s_frag)[Config::kBlockN / 
     for (int n = 0; n < Config::kBlockN / 8; ++n) {
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        // Compilers would look up for all scores at once, which takes more registers than there are. A branch that is the
+        // same for all lanes keeps them from it.
+        if constexpr (ScoreMod::kLooksUpByKey) {
+          if (first_key + 8 * n + i % 2 >= params.seqlen_k) continue;
+        }
         s_frag[n][i] = scores(s_frag[n][i], first_key + 8 * n + acc_column(lane, i));
       }
     }

@@ -98,6 +98,8 @@ def render_mods(score: Expression | None, mask: Expression | None) -> str:
 
 def _score_functor(expression: Expression | None) -> str:
     lines = ["struct ScoreMod {", f"  static constexpr bool kIdentity = {str(expression is None).lower()};"]
+    by_key = expression is not None and _looks_up_by_key(expression)
+    lines += [f"  static constexpr bool kLooksUpByKey = {str(by_key).lower()};"]
     lines += ["  template <class Real>"]
     lines += ["  __device__ __forceinline__ static Real apply(Real score, const Coord& at, const ModArgs& args) {"]
     if expression is None:
@@ -105,6 +107,15 @@ def _score_functor(expression: Expression | None) -> str:
     size = np.dtype(expression.nodes[-1].dtype).itemsize
     lines.append(f'    static_assert(sizeof(Real) == {size}, "this score_mod is for another accumulator");')
     return "\n".join([*lines, *_body(expression, "score"), "  }", "};"])
+
+
+def _looks_up_by_key(expression: Expression) -> bool:
+    """True if it looks up another element for another key, rather than one for all of a row."""
+    changing: set[int] = set()
+    for i, node in enumerate(expression.nodes):
+        if node.op in ("score", "kv_idx") or not changing.isdisjoint(node.operands):
+            changing.add(i)
+    return any(node.op == "load" and i in changing for i, node in enumerate(expression.nodes))
 
 
 def _mask_functor(expression: Expression | None) -> str:

@@ -332,16 +332,13 @@ def candidates(selector: Selector, device: DeviceSpec) -> list[Candidate]:
     chosen: tuple[TileRow, TileConfig] | None = None
     for row in rows_for(selector.dtype, selector.head_dim, selector.head_dim_v, device.cc):
         rows = _rows_of(row, selector)
-        crowded = {tile: _is_crowded(row, tile, selector.features) for tile in row.tiles}
-        for tile in sorted(row.tiles, key=lambda tile: (crowded[tile], *_cost(tile, rows))):
+        for tile in sorted(row.tiles, key=lambda tile: _cost(tile, rows)):
             reasons = tuple(row.reasons(tile, itemsize, device))
             behind = ""
             if not reasons and chosen is None:
                 chosen = row, tile
             elif not reasons and chosen is not None:
                 behind = _why_behind(row, tile, *chosen, rows)
-                if row == chosen[0] and crowded[tile] > crowded[chosen[1]]:
-                    behind = f"tile {tile} leaves score_mod fewer registers than {chosen[1]}"
             found.append(Candidate(_spec(row, tile, selector), reasons, behind))
     return _as_timed(found, _TIMED[device].get(key_of(selector), "")) if device in _TIMED else found
 
@@ -396,18 +393,6 @@ def _cost(tile: TileConfig, rows: Rows) -> tuple[int, int]:
     the most blocks.
     """
     return _padded(tile, rows), 0 if rows.fills_device else tile.block_m
-
-
-def _is_crowded(row: TileRow, tile: TileConfig, features: Features) -> bool:
-    """Whether a score_mod that looks up arrays might not find registers enough in the kernel on tensor cores.
-
-    A thread has its part of the output and of the scores, and compilers do the look-ups of all its scores at once: from
-    208 of these numbers on some spill, up to 192 none does (`tests/compile/test_mods.py`).
-    """
-    mods = features.mods
-    if row.family != "fwd_sm80" or mods is None or mods.score is None or not mods.score.lookups:
-        return False
-    return tile.block_m * (row.head_dim_v + 3 * tile.block_n) > 200 * 32 * tile.num_warps
 
 
 def _why_behind(row: TileRow, tile: TileConfig, best_row: TileRow, best: TileConfig, rows: Rows) -> str:

@@ -114,14 +114,14 @@ def pairs() -> Iterator[Pair]:
     for arch in ARCHITECTURES:
         most = mods_of("relative_position_bias", "document_mask")
         specs: list[KernelSpec] = [
-            *forward_specs(arch, most, [(64, 64), (192, 192), (256, 256)]),
+            *forward_specs(arch, most, [(64, 64), (160, 160), (256, 256)]),
             FwdSpec("fwd_simt", "float32", 256, 128, simt_tile(128), replace(BAND, scale_first=False, mods=most)),
             WeightsSpec("float32", "biased", Features(True, True, mods=most)),
             ModSummarySpec(mods_of(None, "document_mask")),
         ]
         yield from (Pair(spec, arch) for spec in specs)
     for score, mask in [*((name, None) for name in SCORES), *((None, name) for name in MASKS)]:
-        yield from (Pair(spec, "sm_90") for spec in forward_specs("sm_90", mods_of(score, mask), [(192, 128)]))
+        yield from (Pair(spec, "sm_100") for spec in forward_specs("sm_100", mods_of(score, mask), [(256, 256)]))
 
 
 def simt_tile(head_dim_v: int) -> TileConfig:

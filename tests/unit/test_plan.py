@@ -25,12 +25,11 @@ from cupyflash.plan.choose import (
     selector_of,
 )
 from cupyflash.plan.device import DEVICES, EMULATOR, DeviceSpec
-from cupyflash.plan.specs import CombineSpec, FwdSpec, Mods, Plan
+from cupyflash.plan.specs import CombineSpec, FwdSpec, Plan
 from cupyflash.plan.tiles import FAMILIES, TILES, TileConfig, TileRow, rows_for
 from cupyflash.problem.masks import Band
 from cupyflash.problem.normalize import normalize
 from cupyflash.problem.problem import STAGES, Problem
-from cupyflash.problem.trace import trace_score_mod
 
 H200 = DEVICES["H200"]
 
@@ -283,21 +282,6 @@ def test_a_gpu_without_kernels_is_named_with_the_way_out() -> None:
         choose(problem(), tiny)
     reasons = [reason.split(" takes")[0] for reason in caught.value.reasons["cuda"]]
     assert reasons[:2] == ["tile m128n64w8", "tile m64n64w4"]
-
-
-def test_a_score_mod_with_look_ups_gets_registers_for_them() -> None:
-    table, slope = np.ones(8, np.float32), 0.5
-    looks_up = Mods(trace_score_mod(lambda score, b, h, q, kv: score + table[h]).expression)
-    computes = Mods(trace_score_mod(lambda score, b, h, q, kv: score + slope * kv).expression)
-    for head_dim, mods, tile in (
-        (192, looks_up, "m128n64w8q"),
-        (256, computes, "m128n64w8q"),
-        (256, looks_up, "m64n32w4q"),
-    ):
-        asked = problem(head_dim=head_dim, has_score_mod=True)
-        assert str(choose(asked, H200, mods).launches[0].spec.tile) == tile
-        behind = [c.behind for c in candidates(selector_of(asked, H200, mods), H200)]
-        assert ("tile m128n64w8q leaves score_mod fewer registers than m64n32w4q" in behind) == (tile == "m64n32w4q")
 
 
 @pytest.mark.parametrize(

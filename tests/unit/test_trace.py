@@ -478,11 +478,24 @@ def test_nothing_of_the_user_is_in_the_text() -> None:
         trace_score_mod(raises)
 
 
+def test_what_is_looked_up_by_key_is_told_from_what_is_by_row() -> None:
+    table = np.ones((40, 40), np.float32)
+    for by_key, function in (
+        (False, mods.alibi(SLOPES)),
+        (False, lambda s, b, h, q, kv: s * table[h, q] + kv),
+        (True, lambda s, b, h, q, kv: s + table[q, np.where(q > 1, kv, 0)]),
+        (True, lambda s, b, h, q, kv: s + table[h, np.where(s > 1, 1, 0)]),
+        (False, lambda s, b, h, q, kv: s + kv),
+    ):
+        assert f"kLooksUpByKey = {str(by_key).lower()};" in trace_mod(function).functor
+
+
 def test_the_text_is_made_of_known_words() -> None:
     words = set()
     for function in (mods.alibi(SLOPES), mods.relative_position_bias(np.ones((3, 5), np.float16))):
         words |= set(re.findall(r"[A-Za-z_]\w*", trace_mod(function).functor))
-    known = {"struct", "ScoreMod", "static", "constexpr", "bool", "kIdentity", "false", "template", "class", "Real"}
+    known = {"struct", "ScoreMod", "static", "constexpr", "bool", "kIdentity", "kLooksUpByKey", "true", "false"}
+    known |= {"template", "class", "Real"}
     known |= {"__device__", "__forceinline__", "apply", "score", "const", "Coord", "at", "ModArgs", "args", "sizeof"}
     known |= {"static_assert", "this", "score_mod", "is", "for", "another", "accumulator", "float", "int", "return"}
     known |= {"mods", "clamp_to", "last", "h", "q_idx", "kv_idx", "load", "Float32", "Float16", "static_cast", "long"}
