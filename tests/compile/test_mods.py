@@ -19,7 +19,7 @@ from cupyflash.plan.device import DEVICES
 from cupyflash.plan.specs import Features, FwdSpec, KernelSpec, Mods, ModSummarySpec, WeightsSpec
 from cupyflash.plan.tiles import TILES, TileConfig
 from cupyflash.problem.trace import trace_mask_mod, trace_score_mod
-from tests.compile.compiling import found_faults
+from tests.compile.compiling import faults_of
 from tests.compile.selection import Pair
 from tests.kernels.mods import source_with
 
@@ -131,15 +131,10 @@ def simt_tile(head_dim_v: int) -> TileConfig:
 PAIRS = list(pairs())
 
 
-@pytest.fixture(scope="module")
-def compiled(nvrtc: tuple[int, int], tmp_path_factory: pytest.TempPathFactory) -> dict[Pair, list[str]]:
-    return dict(zip(PAIRS, found_faults(PAIRS, tmp_path_factory.mktemp("cubins"), 2), strict=True))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
-def test_kernels_with_mods_need_registers_alone(pair: Pair, compiled: dict[Pair, list[str]]) -> None:
-    assert compiled[pair] == []
+def test_kernels_with_mods_need_registers_alone(pair: Pair, tmp_path: Path) -> None:
+    assert faults_of(pair, tmp_path) == []
 
 
 def test_each_kernel_that_applies_mods_is_compiled_for_each_architecture() -> None:
