@@ -147,7 +147,8 @@ def kernel_table() -> str:
         ]
         if wider:
             return "padded to {}, {}".format(*min(wider, key=sum))
-        return f"none, from {next(iter(found[kernel]))} on"
+        since = next(iter(found[kernel]))
+        return f"none, from {since} on" if FAMILIES[family].only is None else f"none, {since} alone"
 
     lines = [["kernel", "E, Ev up to", *ARCHITECTURES], ["---"] * (2 + len(ARCHITECTURES))]
     families = list(FAMILIES)

@@ -102,7 +102,7 @@ def explain(*args: Any, device: str | DeviceSpec | None = None, **kwargs: Any) -
       cupy float16 batch (1,) heads 8/8/8 L=2048 S=2048 E=64 Ev=64
       scale=0.125, keys j with j - i <= 0
     launches
-      fwd_sm80-f16-d64-m64n64w4-causal: 256 blocks of 128 threads, 24 KiB of shared memory each
+      fwd_sm90-f16-d64-m128n128w12qs2-causal: 128 blocks of 384 threads, 80.07 KiB of shared memory each
     ...
     copies
       key: rows are not contiguous: 4 bytes between elements of 2; 2 MiB
@@ -157,6 +157,7 @@ def _device_of(backend: str, problem: Problem, buffers: Buffers) -> DeviceSpec |
 
 
 def _explain_kernels(problem: Problem, buffers: Buffers, backend: str, device: DeviceSpec) -> Explanation:
+    from .build.bulk import map_refusals
     from .build.modding import trace_mods
     from .build.operands import batch_refusals, copies_of
     from .plan.choose import candidates, choose, refusals, selector_of
@@ -164,18 +165,19 @@ def _explain_kernels(problem: Problem, buffers: Buffers, backend: str, device: D
     others = _others(problem, backend)
     reasons = tuple(refusals(problem))
     plan, mods = None, None
+    unmapped = map_refusals(problem, buffers, device)
     if not reasons:
         try:
             traced = trace_mods(problem, buffers)
             mods = traced and traced.structure
-            plan = choose(problem, device, mods)
+            plan = choose(problem, device, mods, unmapped=unmapped)
         except Unsupported as error:
             reasons = error.reasons["cuda"]
         else:
             reasons = tuple(batch_refusals(problem, buffers))
     if plan is not None and not plan.launches:
         return Explanation(problem, backend, device, plan, others=others)
-    found = tuple(candidates(selector_of(problem, device, mods), device))
+    found = tuple(candidates(selector_of(problem, device, mods, unmapped), device))
     if plan is None or reasons:
         return Explanation(problem, backend, device, None, (), found, reasons, others)
     return Explanation(problem, backend, device, plan, tuple(copies_of(plan, buffers, _address)), found, (), others)

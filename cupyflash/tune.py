@@ -112,6 +112,7 @@ def tune(*args: Any, **kwargs: Any) -> Tuning:
     """
     from .backends.cuda import CudaBackend, device_spec
     from .backends.tuned import load, save
+    from .build.bulk import map_refusals
     from .build.modding import trace_mods
     from .plan.choose import candidates, choose, key_of, selector_of, use_timed
 
@@ -131,9 +132,10 @@ def tune(*args: Any, **kwargs: Any) -> Tuning:
         device = device_spec(cupy, on.id)
         mods = trace_mods(problem, buffers)
         structure = mods and mods.structure
-        if not choose(problem, device, structure).launches:
+        unmapped = map_refusals(problem, buffers, device)
+        if not choose(problem, device, structure, unmapped=unmapped).launches:
             raise ValueError("tune needs a call that computes something, but the arrays have an axis of length 0")
-        selector = selector_of(problem, device, structure)
+        selector = selector_of(problem, device, structure, unmapped)
         specs = [one.spec for one in _worth_timing(candidates(selector, device))]
         runs = [backend.prepared(problem, buffers, choose(problem, device, structure, spec), mods) for spec in specs]
         on.synchronize()  # what was copied to prepare them is there

@@ -267,32 +267,37 @@ __device__ __forceinline__ void change_scores(float (&s_frag)[Config::kBlockN / 
 }
 
 // Sets weights that dropout drops to 0; what is kept is scaled at the row's end. A lane's 2 x 2 elements of an
-// m16n8 tile are the four words of one draw. The draws come first, as one bit each: a loop that is not unrolled is
-// short, and holds the state of few of them, but may not index weights in registers.
+// m16n8 tile are the four words of one draw. Of each 64 keys the draws come first, as one bit each: a loop that is not
+// unrolled is short, and holds the state of few of them, but may not index weights in registers.
 template <class Config>
 __device__ __forceinline__ void drop_weights(float (&p_frag)[Config::kBlockN / 8][4], const FwdParams& params,
                                              const FwdWork& work, int row_begin, int first_key) {
   static_assert(!Config::kPacked, "a tile's rows are queries of one head");
-  static_assert(Config::kBlockN <= 64, "a lane's weights are at most 32");
   const ScoreParams& scores = params.scores;
   const int lane = isa::lane_index();
   const u64 seed = dropout_seed(scores);
   const u64 head = static_cast<u64>(work.batch) * params.num_heads_q + work.head;
-  u32 dropped = 0;
+  constexpr int kTiles = Config::kBlockN / 8;
+  constexpr int kTilesAtOnce = 8;  // with four bits each
+#pragma unroll
+  for (int first = 0; first < kTiles; first += kTilesAtOnce) {
+    const int num_tiles = at_most(kTiles - first, kTilesAtOnce);
+    const int first_column = first_key + 8 * first + acc_column(lane, 0);
+    u32 dropped = 0;
 #pragma unroll 1
-  for (int n = 0; n < Config::kBlockN / 8; ++n) {
-    const PhiloxWords drawn =
-        dropout_words(seed, head, row_begin + acc_row(lane, 0), first_key + 8 * n + acc_column(lane, 0));
+    for (int n = 0; n < num_tiles; ++n) {
+      const PhiloxWords drawn = dropout_words(seed, head, row_begin + acc_row(lane, 0), first_column + 8 * n);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (drawn.words[i] < scores.dropout_threshold) dropped |= 1u << (4 * n + i);
+      for (int i = 0; i < 4; ++i) {
+        if (drawn.words[i] < scores.dropout_threshold) dropped |= 1u << (4 * n + i);
+      }
     }
-  }
 #pragma unroll
-  for (int n = 0; n < Config::kBlockN / 8; ++n) {
+    for (int n = 0; n < num_tiles; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (dropped >> (4 * n + i) & 1) p_frag[n][i] = 0.0f;
+      for (int i = 0; i < 4; ++i) {
+        if (dropped >> (4 * n + i) & 1) p_frag[first + n][i] = 0.0f;
+      }
     }
   }
 }

@@ -41,10 +41,15 @@ __device__ __forceinline__ void scale_scores(float (&s_frag)[kScoreTiles][4], fl
   }
 }
 
-// Turns the scores S into P in place, updates m and l, and rescales O for the new maximum.
-template <bool kScaledFirst, int kScoreTiles, int kOutTiles>
-__device__ __forceinline__ void online_softmax(float (&s_frag)[kScoreTiles][4], float (&o_frag)[kOutTiles][4],
-                                               RowState& state, float scale_log2) {
+// Any m will do that is the same for all of a row, and near enough to the maximum for no weight to overflow. With kLazy
+// one that has grown by a factor of at most 2^kLazyGrowth is kept, so that in most tiles O need not be multiplied by
+// anything (FlashAttention-4): float16 holds 2^16, and l is a sum of floats.
+constexpr float kLazyGrowth = 8.0f;
+
+// Turns the scores S into P in place, and updates m and l; `correction` is what O has to be multiplied by.
+template <bool kScaledFirst, bool kLazy, int kScoreTiles>
+__device__ __forceinline__ void next_weights(float (&s_frag)[kScoreTiles][4], RowState& state, float (&correction)[2],
+                                             float scale_log2) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float row_max = state.row_max[half];
@@ -55,13 +60,21 @@ __device__ __forceinline__ void online_softmax(float (&s_frag)[kScoreTiles][4], 
     row_max = fmaxf(row_max, isa::shuffle_xor(row_max, 1));
     row_max = fmaxf(row_max, isa::shuffle_xor(row_max, 2));
 
+    const float last_max = state.row_max[half];
+    if constexpr (kLazy) {
+      if ((row_max - last_max) * (kScaledFirst ? kLog2E : scale_log2) <= kLazyGrowth) row_max = last_max;
+    }
+
     // No key has taken part yet: every exponent is -inf whatever is subtracted, but -inf - -inf is not.
     const bool is_empty = row_max == isa::bits_float(kNegativeInfinityBits);
     const float offset = is_empty ? 0.0f : kScaledFirst ? row_max : row_max * scale_log2;
-    const float correction = weight<kScaledFirst>(state.row_max[half], offset, scale_log2);
+    // From what was subtracted before to what is now, both as rounded: 1 where they are the same, and nothing that a row
+    // of many tiles could gather.
+    correction[half] =
+        kScaledFirst ? weight<true>(last_max, offset, 1.0f) : isa::ex2(isa::mul_rn(last_max, scale_log2) - offset);
     state.row_max[half] = row_max;
 
-    float row_sum = state.row_sum[half] * correction;
+    float row_sum = state.row_sum[half] * correction[half];
 #pragma unroll
     for (int n = 0; n < kScoreTiles; ++n) {
 #pragma unroll
@@ -71,10 +84,23 @@ __device__ __forceinline__ void online_softmax(float (&s_frag)[kScoreTiles][4], 
       }
     }
     state.row_sum[half] = row_sum;
-#pragma unroll
-    for (int n = 0; n < kOutTiles; ++n) {
-      o_frag[n][2 * half] *= correction;
-      o_frag[n][2 * half + 1] *= correction;
-    }
   }
+}
+
+// O' = exp(m - m') O
+template <int kOutTiles>
+__device__ __forceinline__ void rescale(float (&o_frag)[kOutTiles][4], const float (&correction)[2]) {
+#pragma unroll
+  for (int n = 0; n < kOutTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) o_frag[n][i] *= correction[i / 2];
+  }
+}
+
+template <bool kScaledFirst, int kScoreTiles, int kOutTiles>
+__device__ __forceinline__ void online_softmax(float (&s_frag)[kScoreTiles][4], float (&o_frag)[kOutTiles][4],
+                                               RowState& state, float scale_log2) {
+  float correction[2];
+  next_weights<kScaledFirst, false>(s_frag, state, correction, scale_log2);
+  rescale(o_frag, correction);
 }

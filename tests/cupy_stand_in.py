@@ -248,7 +248,7 @@ class ArrayElsewhere(Array):
         return Device(1)
 
 
-def make_module(spec: DeviceSpec = DEVICES["H200"]) -> types.ModuleType:
+def make_module(spec: DeviceSpec = DEVICES["A100"]) -> types.ModuleType:
     """A module to be put into sys.modules as cupy; its attribute `gpu` records what was launched."""
     module = types.ModuleType("cupy")
     gpu = Gpu(spec)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ..build.bulk import map_refusals
 from ..build.cache import default_cache
 from ..build.debug import debug_level, show_launch
 from ..build.launch import launches
@@ -25,13 +26,14 @@ from ..build.merging import merge_parts, merge_refusals
 from ..build.modding import CallMods, trace_mods
 from ..build.nvrtc import compile_cubin, nvrtc_version
 from ..build.operands import prepare
-from ..build.rendering import entry_of, render_kernel
+from ..build.rendering import arch_for, entry_of, render_kernel
 from ..errors import Unsupported
 from ..plan.choose import choose, refusals, use_timed
 from ..plan.device import DeviceSpec
 from ..plan.specs import KernelSpec, Launch, Plan
 from ..problem.parts import Parts
 from ..problem.problem import Buffers, Problem
+from .tensormap import driver_map
 from .tuned import load
 
 __all__ = ["CudaBackend", "device_spec"]
@@ -53,8 +55,9 @@ class CudaBackend:
         cupy, device, level = problem.namespace, buffers.query.device, debug_level()
         with device:
             mods = trace_mods(problem, buffers)
-            plan = choose(problem, device_spec(cupy, device.id), mods and mods.structure)
-            operands = prepare(problem, plan, buffers, _address, mods)
+            spec = device_spec(cupy, device.id)
+            plan = choose(problem, spec, mods and mods.structure, unmapped=map_refusals(problem, buffers, spec))
+            operands = prepare(problem, plan, buffers, _address, mods, driver_map)
             for launch, args in launches(problem, plan, operands):
                 _run(cupy, device.id, launch, args, level)
             if operands.out is not buffers.out:
@@ -63,7 +66,7 @@ class CudaBackend:
     def prepared(self, problem: Problem, buffers: Buffers, plan: Plan, mods: CallMods | None) -> Callable[[], None]:
         """The launches of a plan, ready to be repeated on the current device, which is that of the arrays."""
         cupy, device = problem.namespace, buffers.query.device
-        operands = prepare(problem, plan, buffers, _address, mods)
+        operands = prepare(problem, plan, buffers, _address, mods, driver_map)
         ready = list(launches(problem, plan, operands))
 
         def run() -> None:
@@ -95,7 +98,7 @@ class CudaBackend:
 def _run(cupy: Any, device_id: int, launch: Launch, args: tuple[np.void, ...], level: int) -> None:
     """Launches on the current device, `device_id`, and the current stream; `level` as in build/debug.py."""
     if level:
-        show_launch(launch, args, device_spec(cupy, device_id).arch, level)
+        show_launch(launch, args, arch_for(launch.spec, device_spec(cupy, device_id)), level)
     kernel = _kernel(cupy, launch.spec, device_id)
     kernel(launch.grid, launch.block, args, shared_mem=launch.shared_bytes)
 
@@ -142,7 +145,7 @@ def device_spec(cupy: Any, device_id: int) -> DeviceSpec:
 @lru_cache(maxsize=1024)
 def _kernel(cupy: Any, spec: KernelSpec, device_id: int) -> Any:
     """The kernel on the current device, loaded, with leave to use its shared memory: both are per device."""
-    binary = compile_cubin(render_kernel(spec), device_spec(cupy, device_id).arch, default_cache())
+    binary = compile_cubin(render_kernel(spec), arch_for(spec, device_spec(cupy, device_id)), default_cache())
     kernel = cupy.RawModule(path=str(binary.path)).get_function(entry_of(spec))
     kernel.max_dynamic_shared_size_bytes = spec.shared_bytes
     return kernel

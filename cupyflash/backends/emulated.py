@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from ..build.bulk import map_refusals
 from ..build.debug import debug_level, show_launch
 from ..build.host import find_compiler
 from ..build.launch import launches
 from ..build.merging import merge_parts, merge_refusals
 from ..build.modding import trace_mods
 from ..build.operands import prepare
-from ..build.rendering import entry_of, render_kernel
+from ..build.rendering import arch_for, entry_of, render_kernel
 from ..errors import Unsupported
 from ..plan.choose import choose, refusals
 from ..plan.device import DEVICES, EMULATOR, DeviceSpec
@@ -32,6 +33,7 @@ from ..plan.specs import KernelSpec, Launch
 from ..problem.parts import Parts
 from ..problem.problem import Buffers, Problem
 from .emulator import Function, Module, Options
+from .tensormap import emulated_map
 
 __all__ = ["EmulatorBackend", "device_from", "options_from"]
 
@@ -50,8 +52,9 @@ class EmulatorBackend:
     def run(self, problem: Problem, buffers: Buffers) -> None:
         """See `cupyflash.backends.registry.Backend`."""
         mods = trace_mods(problem, buffers)
-        plan = choose(problem, device_from(os.environ.get(_ENVIRONMENT, "")), mods and mods.structure)
-        operands = prepare(problem, plan, buffers, _address, mods)
+        device = device_from(os.environ.get(_ENVIRONMENT, ""))
+        plan = choose(problem, device, mods and mods.structure, unmapped=map_refusals(problem, buffers, device))
+        operands = prepare(problem, plan, buffers, _address, mods, emulated_map)
         for launch, args in launches(problem, plan, operands):
             _run(launch, args)
         if operands.out is not buffers.out:
@@ -72,7 +75,7 @@ def _run(launch: Launch, args: tuple[np.void, ...]) -> None:
     environment = os.environ.get(_ENVIRONMENT, "")
     options = options_from(environment)
     if level := debug_level():
-        show_launch(launch, args, device_from(environment).arch, level)
+        show_launch(launch, args, arch_for(launch.spec, device_from(environment)), level)
     _kernel(launch.spec)(launch.grid, launch.block, args, shared_mem=launch.shared_bytes, options=options)
 
 

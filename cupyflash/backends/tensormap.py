@@ -153,10 +153,10 @@ def _axes(address: int, shape: Ints, strides: Ints, dtype: str, box: Ints, swizz
     extents, steps = [shape[-1]], []
     for extent, stride, size in zip(shape[-2::-1], strides[-2::-1], box[-2::-1], strict=True):
         if extent == 1 or stride == 0:
-            if size != 1:
-                raise ValueError(f"box={box}: along an axis of one element, or of stride 0, a tile has the size 1")
+            if extent != 1 and size != 1:
+                raise ValueError(f"box={box}: along an axis of stride 0 a tile has the size 1")
             extents.append(1)
-            steps.append(_STRIDE_UNIT)  # never used
+            steps.append(_STRIDE_UNIT)  # never used: what else a tile has there lies outside
             continue
         if not 0 < stride < _MAX_STRIDE or stride % _STRIDE_UNIT != 0:
             raise ValueError(

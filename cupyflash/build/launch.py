@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..plan.specs import Launch, Plan
+from ..plan.specs import FwdSpec, Launch, Plan
 from ..problem.problem import Problem
 from .functor import NO_MODS
 from .operands import Operands
@@ -38,7 +38,9 @@ def launches(problem: Problem, plan: Plan, operands: Operands) -> list[tuple[Lau
         if spec.family == "combine":
             found.append((launch, (params,)))
         else:
-            found.append((launch, (params, NO_MODS if spec.mods is None else operands.mod_args[spec.mods])))
+            args = NO_MODS if spec.mods is None else operands.mod_args[spec.mods]
+            maps = operands.maps if isinstance(spec, FwdSpec) else ()
+            found.append((launch, (params, args, *maps)))
     return found
 
 

@@ -10,8 +10,10 @@ import numpy as np
 
 from ..errors import Unsupported
 from ..plan.specs import FwdSpec, Mods, Plan
+from ..plan.tiles import FAMILIES
 from ..problem.philox import dropout_threshold
 from ..problem.problem import Buffers, Problem
+from .bulk import MapMaker, make_maps
 from .mask_summary import MaskSummary, entries_once, summarize_mask
 from .modding import CallMods, ModSummary, summarize_mods
 from .params import BATCH_AXES, MASK, MOD_MARKS, NO_SCORES, pack_marks, pack_mask, pack_scores, pack_tensor
@@ -42,16 +44,22 @@ class Operands(NamedTuple):
     summary: MaskSummary | None  # of the bool mask by the plan's tiles
     mod_summary: ModSummary | None  # of mask_mod
     mod_args: dict[Mods, np.void]  # the second parameter of kernels with mods
+    maps: tuple[np.void, ...]  # the tensor maps that the plan's forward kernel takes behind these
     kept: tuple[Any, ...]  # arrays that live as long as the call
 
 
 def prepare(
-    problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[Any], int], mods: CallMods | None = None
+    problem: Problem,
+    plan: Plan,
+    buffers: Buffers,
+    address: Callable[[Any], int],
+    mods: CallMods | None = None,
+    make_map: MapMaker | None = None,
 ) -> Operands:
     """The operands of a call: the arrays themselves, or a copy of one whose rows a kernel can't take.
 
     An `out` like that becomes a new array; the caller copies it back.  `address` gives an array's first byte.  `mods`
-    are what `plan` was chosen for.
+    are what `plan` was chosen for; `make_map` makes tensor maps, for plans whose kernels take them.
 
     Raises
     ------
@@ -117,8 +125,19 @@ def prepare(
         summary,
         mod_summary,
         mod_args,
+        _maps(plan, arrays, address, make_map),
         kept,
     )
+
+
+def _maps(
+    plan: Plan, arrays: tuple[Any, ...], address: Callable[[Any], int], make_map: MapMaker | None
+) -> tuple[np.void, ...]:
+    spec = plan.launches[0].spec if plan.launches else None
+    if not isinstance(spec, FwdSpec) or not FAMILIES[spec.family].takes_maps:
+        return ()
+    assert make_map is not None, f"{spec.family} takes tensor maps"
+    return make_maps(spec, arrays, [address(array) for array in arrays], make_map)
 
 
 def _pack_mods(

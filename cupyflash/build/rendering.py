@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from ..plan.device import DeviceSpec
 from ..plan.specs import CombineSpec, FwdSpec, KernelSpec, MaskSummarySpec, MergeSpec, Mods, ModSummarySpec, WeightsSpec
+from ..plan.tiles import FAMILIES
 from ..problem.dtypes import dtype_named
 from ..problem.problem import STAGES
 from .functor import render_mods
@@ -22,7 +24,7 @@ from .params import (
 )
 from .source import ConfigValue, KernelSource, render
 
-__all__ = ["entry_of", "render_kernel"]
+__all__ = ["arch_for", "entry_of", "render_kernel"]
 
 _ELEMENTS = {"float16": "Float16", "bfloat16": "BFloat16", "float32": "float", "float64": "double"}
 _STRUCTURES = {
@@ -41,6 +43,12 @@ _STRUCTURES = {
 def entry_of(spec: KernelSpec) -> str:
     """The name of the kernel's entry."""
     return f"flash_{spec.family}"
+
+
+def arch_for(spec: KernelSpec, device: DeviceSpec) -> str:
+    """What the compiler calls the architecture for which it compiles the kernel for that GPU: "sm_90", "sm_90a"."""
+    family = FAMILIES.get(spec.family)
+    return device.arch if family is None else family.arch_for(device)
 
 
 @lru_cache(maxsize=256)
@@ -91,6 +99,8 @@ def _constants(spec: KernelSpec) -> dict[str, ConfigValue]:
         "kHeadDim": spec.head_dim,
         "kHeadDimV": spec.head_dim_v,
         "kQInRegisters": spec.tile.q_in_registers,
+        "kStages": spec.tile.stages,
+        "kPingPong": spec.tile.ping_pong,
         "kScaleFirst": features.scale_first,
         "kPacked": spec.packed,
     }

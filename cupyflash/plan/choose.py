@@ -82,6 +82,7 @@ class Selector:
     features: Features
     rows: Rows  # where a tile holds queries of one head
     packed_rows: Rows | None  # where it holds all heads that share a key head; None where that does not pay
+    unmapped: tuple[str, ...] = ()  # why no tensor maps describe the operands
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,13 @@ def _refused(problem: Problem) -> tuple[str, ...]:
     return tuple(reasons)
 
 
-def choose(problem: Problem, device: DeviceSpec, mods: Mods | None = None, spec: FwdSpec | None = None) -> Plan:
+def choose(
+    problem: Problem,
+    device: DeviceSpec,
+    mods: Mods | None = None,
+    spec: FwdSpec | None = None,
+    unmapped: tuple[str, ...] = (),
+) -> Plan:
     """The plan for a problem that `refusals` has nothing against.
 
     Parameters
@@ -150,13 +157,15 @@ def choose(problem: Problem, device: DeviceSpec, mods: Mods | None = None, spec:
         The problem's score_mod and mask_mod, traced.
     spec : FwdSpec or None
         One of the problem's `candidates` that can run; None: the best.
+    unmapped : tuple of str
+        What `cupyflash.build.bulk.map_refusals` says of the operands.
 
     Raises
     ------
     Unsupported
         No kernel runs on the device; with a reason for each candidate.
     """
-    plan = _plan_forward(problem, mods, device, spec)
+    plan = _plan_forward(problem, mods, device, spec, unmapped)
     if problem.weights_stage is None:
         return plan
     tile, heads = WeightsSpec.tile, problem.batch_size * problem.num_heads_q
@@ -168,10 +177,12 @@ def choose(problem: Problem, device: DeviceSpec, mods: Mods | None = None, spec:
     return _with_weights(plan, problem.dtype, problem.weights_stage, features, num_tiles * parts, parts)
 
 
-def _plan_forward(problem: Problem, mods: Mods | None, device: DeviceSpec, spec: FwdSpec | None) -> Plan:
+def _plan_forward(
+    problem: Problem, mods: Mods | None, device: DeviceSpec, spec: FwdSpec | None, unmapped: tuple[str, ...]
+) -> Plan:
     band = problem.band
     bounds = band.lower is not None, band.upper is not None
-    queries = _queries(problem.of_any_length, bounds, mods, problem.seqlen_q, device, spec)
+    queries = _queries(problem.of_any_length, bounds, mods, problem.seqlen_q, device, spec, unmapped)
     if queries is None:
         return _NOTHING
     if not queries.splits:
@@ -204,6 +215,7 @@ def _queries(
     seqlen_q: int,
     device: DeviceSpec,
     spec: FwdSpec | None,
+    unmapped: tuple[str, ...],
 ) -> _Queries | None:
     """The kernel and its tiles of queries; None where there is nothing to compute.
 
@@ -219,7 +231,7 @@ def _queries(
         return None
     features = _features(problem, bounds, mods)
     if spec is None:
-        spec = choose_spec(_selector(problem, features, seqlen_q, device), device)
+        spec = choose_spec(_selector(problem, features, seqlen_q, device, unmapped), device)
     pack = pack_of(_num_heads(problem), seqlen_q) if spec.packed else 1
     num_tiles = _num_tiles(problem.batch_size * problem.num_heads_q, seqlen_q, spec.tile.block_m, pack)
     slots = device.sms * blocks_per_sm(spec, device)
@@ -283,13 +295,17 @@ def _weights_spec(dtype: str, stage: str, features: Features) -> WeightsSpec:
     return WeightsSpec(dtype, "biased" if stage == "biased" else "softmax", kept)
 
 
-def selector_of(problem: Problem, device: DeviceSpec, mods: Mods | None = None) -> Selector:
+def selector_of(
+    problem: Problem, device: DeviceSpec, mods: Mods | None = None, unmapped: tuple[str, ...] = ()
+) -> Selector:
     """What of the problem selects a kernel."""
     bounds = problem.band.lower is not None, problem.band.upper is not None
-    return _selector(problem, _features(problem, bounds, mods), problem.seqlen_q, device)
+    return _selector(problem, _features(problem, bounds, mods), problem.seqlen_q, device, unmapped)
 
 
-def _selector(problem: Problem, features: Features, seqlen_q: int, device: DeviceSpec) -> Selector:
+def _selector(
+    problem: Problem, features: Features, seqlen_q: int, device: DeviceSpec, unmapped: tuple[str, ...]
+) -> Selector:
     def rows_in_packs_of(pack: int) -> Rows:
         height = min(_WIDEST, math.ceil(seqlen_q * pack / _ROW_STEP) * _ROW_STEP)
         heads = problem.batch_size * problem.num_heads_q
@@ -299,7 +315,7 @@ def _selector(problem: Problem, features: Features, seqlen_q: int, device: Devic
     pack = 1 if features.dropout else pack_of(_num_heads(problem), seqlen_q)
     packed_rows = rows_in_packs_of(pack) if pack > 1 else None
     dims = problem.head_dim, problem.head_dim_v
-    return Selector(problem.dtype, *dims, features, rows_in_packs_of(1), packed_rows)
+    return Selector(problem.dtype, *dims, features, rows_in_packs_of(1), packed_rows, unmapped)
 
 
 def _num_heads(problem: Problem) -> tuple[int, int, int]:
@@ -333,7 +349,7 @@ def candidates(selector: Selector, device: DeviceSpec) -> list[Candidate]:
     for row in rows_for(selector.dtype, selector.head_dim, selector.head_dim_v, device.cc):
         rows = _rows_of(row, selector)
         for tile in sorted(row.tiles, key=lambda tile: _cost(tile, rows)):
-            reasons = tuple(row.reasons(tile, itemsize, device))
+            reasons = (*row.reasons(tile, itemsize, device), *_unsuited(row, selector, rows))
             behind = ""
             if not reasons and chosen is None:
                 chosen = row, tile
@@ -374,6 +390,15 @@ def _as_timed(found: list[Candidate], fastest: str) -> list[Candidate]:
         replace(candidate, behind="" if candidate.reasons or str(candidate.spec) == fastest else behind)
         for candidate in found
     ]
+
+
+def _unsuited(row: TileRow, selector: Selector, rows: Rows) -> Iterator[str]:
+    """What is against a family for this problem, whatever the tile."""
+    family = FAMILIES[row.family]
+    if family.takes_maps:
+        yield from selector.unmapped
+    if rows.height < family.least_rows:
+        yield f"{row.family} is for {family.least_rows} rows of queries or more, here are at most {rows.height}"
 
 
 def _rows_of(row: TileRow, selector: Selector) -> Rows:

@@ -19,16 +19,21 @@ __all__ = ["FAMILIES", "TILES", "Family", "TileConfig", "TileRow", "rows_for"]
 class TileConfig:
     """The part of the score matrix that a block works on at a time: block_m rows of queries by block_n keys.
 
-    Without `q_in_registers` a block reads its queries from shared memory again for every tile of keys.
+    Without `q_in_registers` a block reads its queries from shared memory again for every tile of keys.  `stages` is how
+    many tiles of keys, and as many of values, are under way or in use at once, for kernels that leave it open; with
+    `ping_pong` their warpgroups take turns at starting products.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     q_in_registers: bool = True
+    stages: int = 0
+    ping_pong: bool = False
 
     def __str__(self) -> str:
-        return f"m{self.block_m}n{self.block_n}w{self.num_warps}{'' if self.q_in_registers else 'q'}"
+        ring = (f"s{self.stages}" if self.stages else "") + "p" * self.ping_pong
+        return f"m{self.block_m}n{self.block_n}w{self.num_warps}{'' if self.q_in_registers else 'q'}{ring}"
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,13 @@ class Family:
     baselines : tuple of int
         The oldest GPUs whose instructions kernels use, 75 or 80 for compute capability 7.5 or 8.0; more than one
         where older GPUs have kernels of their own.
+    only : int or None
+        The one major compute capability whose GPUs have its instructions: its kernels are compiled for "sm_90a" where
+        others are for "sm_90".  None: later GPUs have them too.
+    takes_maps : bool
+        Kernels find Q, K, V and O by tensor maps, which do not describe every array: see `build/bulk.py`.
+    least_rows : int
+        Where tiles have fewer rows to hold, another family's lower ones, several to an SM, are the better choice.
     """
 
     shared_bytes: Callable[[TileConfig, int, int, int], int]
@@ -59,6 +71,13 @@ class Family:
     splits: bool = False
     any_scale: bool = False
     baselines: tuple[int, ...] = (75,)
+    only: int | None = None
+    takes_maps: bool = False
+    least_rows: int = 1
+
+    def arch_for(self, device: DeviceSpec) -> str:
+        """What the compiler calls the architecture for which it compiles the family's kernels for that GPU."""
+        return device.arch if self.only is None else f"{device.arch}a"
 
 
 @dataclass(frozen=True)
@@ -121,7 +140,36 @@ def _simt_shared_bytes(tile: TileConfig, head_dim: int, head_dim_v: int, itemsiz
     return (tile.block_m + tile.block_n) * 144 + tile.block_m * p_row
 
 
+def _sm90_rules(tile: TileConfig) -> list[str]:
+    rules = []
+    if tile.block_m not in (64, 128, 192) or tile.num_warps != tile.block_m // 16 + 4:
+        rules.append("up to three warpgroups own 64 queries each, so m is 64, 128 or 192, with four warps that copy")
+    if tile.block_n % 16 or tile.block_n > 256:
+        rules.append("a product takes 16 to 256 keys, in steps of 16")
+    if tile.stages < 2 or tile.q_in_registers:
+        rules.append("queries are read from shared memory, and the ring has two stages or more")
+    return rules
+
+
+def _sm90_shared_bytes(tile: TileConfig, head_dim: int, head_dim_v: int, itemsize: int) -> int:
+    """As laid out in fwd_sm90.cu: Q, in whose place O leaves; rings of K and of V; barriers of 8 bytes."""
+    q = itemsize * tile.block_m * max(head_dim, head_dim_v)
+    return q + tile.stages * itemsize * tile.block_n * (head_dim + head_dim_v) + 8 * (1 + 4 * tile.stages)
+
+
 FAMILIES: dict[str, Family] = {
+    # What bulk copies take: rows at multiples of 16 bytes.
+    "fwd_sm90": Family(
+        _sm90_shared_bytes,
+        _sm90_rules,
+        lambda itemsize: 16,
+        packs=True,
+        splits=True,
+        baselines=(90,),
+        only=9,
+        takes_maps=True,
+        least_rows=65,
+    ),
     # Copies are of 16 bytes at a time.
     "fwd_sm80": Family(
         _sm80_shared_bytes, _sm80_rules, lambda itemsize: 16, packs=True, splits=True, baselines=(75, 80)
@@ -143,11 +191,23 @@ _TINY_Q = TileConfig(64, 16, 4, q_in_registers=False)
 
 _HALF = ("float16", "bfloat16")
 
+# On Hopper two warpgroups of 64 rows each, and a ring of two tiles of 128, 112 or 64 keys.
+_HOPPER, _HOPPER_192, _HOPPER_256 = (TileConfig(128, n, 12, q_in_registers=False, stages=2) for n in (128, 112, 64))
+
+
 # A thread has 4 x 4 scores; of double 4 x 2, for P would otherwise take twice the shared memory.
 _SINGLE, _DOUBLE = TileConfig(64, 64, 8), TileConfig(64, 32, 8)
 
 #: Families in the order of preference.
 TILES: tuple[TileRow, ...] = (
+    # 80, 120, 160, 216, 208 and 192 KiB: one block per SM.  A thread that computes has 240 registers for head_dim_v / 2
+    # accumulators of O, block_n / 2 of S, block_n / 4 of P, and what changes scores: too few for 80 keys at 256.
+    TileRow("fwd_sm90", _HALF, 64, 64, (9, 0), (_HOPPER,)),
+    TileRow("fwd_sm90", _HALF, 96, 96, (9, 0), (_HOPPER,)),
+    TileRow("fwd_sm90", _HALF, 128, 128, (9, 0), (_HOPPER,)),
+    TileRow("fwd_sm90", _HALF, 192, 192, (9, 0), (_HOPPER_192,)),
+    TileRow("fwd_sm90", _HALF, 192, 128, (9, 0), (_HOPPER,)),
+    TileRow("fwd_sm90", _HALF, 256, 256, (9, 0), (_HOPPER_256,)),
     # 12 to 48 KiB and, as compiled, up to 116, 162, 190 and 212 registers: at least one block of eight warps or two of
     # four per SM, four of four at head dim 32.
     TileRow("fwd_sm80", _HALF, 32, 32, (8, 0), (_WIDE, _NARROW)),
@@ -194,7 +254,7 @@ def rows_for(dtype: str, head_dim: int, head_dim_v: int, cc: tuple[int, int]) ->
     latest: dict[tuple[str, int, int], TileRow] = {}
     for row in TILES:
         holds = row.head_dim >= head_dim and row.head_dim_v >= head_dim_v
-        if dtype in row.dtypes and holds and row.since <= cc:
+        if dtype in row.dtypes and holds and row.since <= cc and FAMILIES[row.family].only in (None, cc[0]):
             key = (row.family, row.head_dim, row.head_dim_v)
             if key not in latest or latest[key].since < row.since:
                 latest[key] = row

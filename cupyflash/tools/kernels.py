@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..build.cache import Cache
 from ..build.nvrtc import compile_cubin
-from ..build.rendering import entry_of, render_kernel
+from ..build.rendering import arch_for, entry_of, render_kernel
 from ..plan.choose import every_spec
 from ..plan.device import DEVICES, DeviceSpec
 from ..plan.specs import CombineSpec, FwdSpec, KernelSpec, WeightsSpec
@@ -147,6 +147,7 @@ def kernel_rows(specs: Sequence[KernelSpec], arch: str, cache: Path, jobs: int =
 
 
 def _row(spec: KernelSpec, arch: str, cache: Path) -> KernelRow:
+    arch = max(arch, arch_for(spec, device_of(arch)), key=len)  # with the suffix where it was asked for or is needed
     binary = compile_cubin(render_kernel(spec), arch, Cache(cache))
     found = binary.resources[entry_of(spec)]
     return KernelRow(
@@ -164,7 +165,7 @@ def _row(spec: KernelSpec, arch: str, cache: Path) -> KernelRow:
 # ------------------------------------------------------------------------------------------------------------
 # Text
 
-_COUNTED = ("HMMA", "FFMA", "DFMA", "MUFU", "LDSM", "LDGSTS", "LDG", "BAR")
+_COUNTED = ("HMMA", "HGMMA", "FFMA", "DFMA", "MUFU", "LDSM", "LDGSTS", "LDG", "BAR")
 
 
 def as_table(rows: Iterable[KernelRow], name_width: int) -> Iterator[str]:

@@ -29,6 +29,8 @@ def faults(spec: KernelSpec, binary: Binary) -> Iterator[str]:
         yield f"{spec.num_threads} threads of {found.registers} registers do not fit on an SM"
     if isinstance(spec, FwdSpec) and spec.family == "fwd_sm80":
         yield from _tensor_core_faults(spec, found)
+    if isinstance(spec, FwdSpec) and spec.family == "fwd_sm90":
+        yield from _warpgroup_faults(spec, found)
 
 
 def _tensor_core_faults(spec: FwdSpec, found: Resources) -> Iterator[str]:
@@ -43,3 +45,24 @@ def _tensor_core_faults(spec: FwdSpec, found: Resources) -> Iterator[str]:
     for opcode, expected in (("HMMA", products), ("LDSM", loads)):
         if found.opcodes.get(opcode, 0) != expected:
             yield f"it has {found.opcodes.get(opcode, 0)} {opcode}, expected {expected}"
+
+
+def _warpgroup_faults(spec: FwdSpec, found: Resources) -> Iterator[str]:
+    """Q Kᵀ before the first step, P V after the last; both in every kind of step: whole, cut on the right, on the left.
+
+    Where scores are changed there is one kind, which always applies the mask.
+    """
+    tile, features = spec.tile, spec.features
+    changed = bool(features.float_mask or features.bool_mask or features.changed or features.mods)
+    steps = 2 if changed else 2 + features.has_lower + features.has_upper
+    products = steps * (spec.head_dim // 16 + tile.block_n // 16)
+    # Of panels: Q for each warpgroup that computes, K for the first tile and for the others, V.
+    panels_q, panels_v = (dim // (64 if dim % 64 == 0 else 32) for dim in (spec.head_dim, spec.head_dim_v))
+    loads = (0 if spec.packed else tile.block_m // 64 * panels_q) + 2 * panels_q + panels_v
+    stores = 0 if spec.packed else panels_v
+    if found.opcodes.get("UTMALDG", 0) < loads:  # the compiler may unroll the loop that copies
+        yield f"it has {found.opcodes.get('UTMALDG', 0)} UTMALDG, expected {loads} or more"
+    expected = {"HGMMA": products, "UTMASTG": stores, "USETMAXREG": 2, "HMMA": 0, "LDSM": 0}
+    for opcode, number in expected.items():
+        if found.opcodes.get(opcode, 0) != number:
+            yield f"it has {found.opcodes.get(opcode, 0)} {opcode}, expected {number}"

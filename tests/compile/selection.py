@@ -11,6 +11,7 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
+from cupyflash.build.rendering import arch_for
 from cupyflash.plan.specs import FwdSpec, KernelSpec
 from cupyflash.tools.kernels import ARCHITECTURES, device_of, specs_of
 
@@ -18,7 +19,7 @@ LIMIT = 160
 
 
 class Pair(NamedTuple):
-    """A kernel, compiled for an architecture that a plan may choose it for."""
+    """A kernel, and the name of an architecture that a plan may choose it for: "sm_90a" where it needs all of it."""
 
     spec: KernelSpec
     arch: str
@@ -28,7 +29,8 @@ class Pair(NamedTuple):
 
 
 def every_pair() -> list[Pair]:
-    return [Pair(spec, arch) for arch in ARCHITECTURES for spec in specs_of(device_of(arch))]
+    devices = [device_of(arch) for arch in ARCHITECTURES]
+    return [Pair(spec, arch_for(spec, device)) for device in devices for spec in specs_of(device)]
 
 
 def representative(pairs: Sequence[Pair], limit: int = LIMIT) -> list[Pair]:

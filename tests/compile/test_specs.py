@@ -47,7 +47,8 @@ def test_every_spec_has_other_constants() -> None:
 # ------------------------------------------------------------------------------------------------------------
 # The checks themselves
 
-SPEC = next(spec for spec in every_spec() if isinstance(spec, FwdSpec) and spec.head_dim == 64)
+FORWARD = [spec for spec in every_spec() if isinstance(spec, FwdSpec)]
+SPEC = next(spec for spec in FORWARD if spec.family == "fwd_sm80" and spec.head_dim == 64)
 STEPS, COLUMNS = SPEC.head_dim // 16, SPEC.tile.block_n // 8
 GOOD = Resources(168, 0, 0, 0, 1024, {"HMMA": 2 * STEPS * COLUMNS, "LDSM": STEPS * COLUMNS + STEPS}, 999)
 
@@ -92,3 +93,24 @@ def test_a_kernel_that_is_refused_is_a_fault(nvrtc: tuple[int, int], tmp_path: P
 
 def test_families_are_known_to_the_checks() -> None:
     assert {pair.spec.family for pair in EVERY} <= {*FAMILIES, "combine", "weights"}
+
+
+HOPPER = next(spec for spec in FORWARD if spec.family == "fwd_sm90")
+HOPPER_OPCODES = {"HGMMA": 2 * (64 // 16 + 128 // 16), "UTMALDG": 13, "UTMASTG": 1, "USETMAXREG": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"HGMMA": 23}, "it has 23 HGMMA, expected 24"),
+        ({"UTMALDG": 4}, "it has 4 UTMALDG, expected 5 or more"),
+        ({"UTMASTG": 0}, "it has 0 UTMASTG, expected 1"),
+        ({"USETMAXREG": 0}, "it has 0 USETMAXREG, expected 2"),
+        ({"HMMA": 8}, "it has 8 HMMA, expected 0"),
+    ],
+)
+def test_faults_of_hopper_are_found(changes: dict[str, int], fault: str) -> None:
+    good = replace(GOOD, opcodes=HOPPER_OPCODES)
+    assert str(HOPPER) == "fwd_sm90-f16-d64-m128n128w12qs2"
+    assert faults_with(good, spec=HOPPER) == []
+    assert faults_with(replace(good, opcodes={**HOPPER_OPCODES, **changes}), spec=HOPPER) == [fault]

@@ -1,4 +1,4 @@
-"""Runs fwd_sm80 on NumPy arrays with any tile: the launch by hand, on guarded arrays."""
+"""Runs fwd_sm80 and fwd_sm90 on NumPy arrays with any tile: the launch by hand, on guarded arrays."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from cupyflash.backends.emulator import Counters, Module, Options, guarded_array
+from cupyflash.backends.tensormap import emulated_map
+from cupyflash.build.bulk import make_maps
 from cupyflash.build.functor import NO_MODS
 from cupyflash.build.params import FWD_PARAMS
-from cupyflash.build.rendering import render_kernel
+from cupyflash.build.rendering import entry_of, render_kernel
 from cupyflash.build.source import KernelSource
 from cupyflash.merge import merge_attention
 from cupyflash.plan.specs import Features, FwdSpec
@@ -33,13 +35,23 @@ class Spec:
     scale_first: bool = False
     packed: bool = False
     baseline: int = 80
+    stages: int = 0  # of fwd_sm90, if not 0: then four more warps copy
+    ping_pong: bool = False
 
     @property
     def kernel(self) -> FwdSpec:
-        tile = TileConfig(16 * self.num_warps, self.block_n, self.num_warps, self.q_in_registers)
+        family = "fwd_sm90" if self.stages else "fwd_sm80"
+        num_warps = self.num_warps + 4 * (self.stages > 0)
+        tile = TileConfig(
+            16 * self.num_warps, self.block_n, num_warps, self.q_in_registers, self.stages, self.ping_pong
+        )
         features = Features(self.has_lower, self.has_upper, self.scale_first)
         dims = (self.head_dim, self.head_dim_v or self.head_dim)
-        return FwdSpec("fwd_sm80", self.dtype, *dims, tile, features, self.packed, self.baseline)
+        return FwdSpec(family, self.dtype, *dims, tile, features, self.packed, self.baseline)
+
+    @property
+    def entry(self) -> str:
+        return entry_of(self.kernel)
 
     @property
     def shared_bytes(self) -> int:
@@ -94,6 +106,13 @@ def launch_arguments(spec, q, k, v, out, lse, lower=0, upper=0, scale=None, num_
     return params[()], (num_tiles * num_splits,)
 
 
+def maps(spec, *arrays):
+    """The tensor maps of q, k, v and out, for the kernel that takes them."""
+    if not spec.stages:
+        return ()
+    return make_maps(spec.kernel, arrays, [array.ctypes.data for array in arrays], emulated_map)
+
+
 def forward(spec, q, k, v, *, kernel=None, options: Options | None = None, num_splits=1, **keywords):
     """(out, lse, counters) of one launch, on guarded copies; outputs are filled with NaN before.
 
@@ -118,9 +137,10 @@ def forward(spec, q, k, v, *, kernel=None, options: Options | None = None, num_s
     for array in (lse, *(partial or ())):
         array[...] = np.nan
     params, grid = launch_arguments(spec, q, k, v, out, lse, num_splits=num_splits, partial=partial, **keywords)
-    kernel = kernel or module(spec).get_function("flash_fwd_sm80")
+    kernel = kernel or module(spec).get_function(spec.entry)
+    arguments = (params, NO_MODS, *maps(spec, q, k, v, out))
     counters: Counters = kernel(
-        grid, (32 * spec.num_warps,), (params, NO_MODS), shared_mem=spec.shared_bytes, options=options
+        grid, (spec.kernel.num_threads,), arguments, shared_mem=spec.shared_bytes, options=options
     )
     assert np.isnan(whole_out[..., shape[3] :].astype(np.float32)).all(), "something was written between rows"
     if partial is None:

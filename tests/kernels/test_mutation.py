@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,7 @@ def forward_problem(spec, seqlen_q, seqlen_k, lower=0, upper=0, heads=(2, 1), **
     q, k, v = (rng.standard_normal(shape).astype(np.float16) for shape in shapes)
 
     def run(module: Module, options: Options) -> bytes:
-        kernel = module.get_function("flash_fwd_sm80")
+        kernel = module.get_function(spec.entry)
         out, lse, _ = forward.forward(
             spec, q, k, v, kernel=kernel, options=options, lower=lower, upper=upper, **keywords
         )
@@ -169,10 +169,35 @@ BAND = forward.Spec(has_lower=True, has_upper=True)
 # Q stays in shared memory; with splits the last step of one block is not the last of the keys.
 PACKED_SPLIT = forward.Spec(head_dim=32, block_n=32, has_upper=True, q_in_registers=False, packed=True)
 SM75 = forward.Spec(has_upper=True, baseline=75)
+# Rings of two small tiles. Rows of several heads are copied by the warpgroup that multiplies them, others by maps.
+HOPPER = forward.Spec(
+    num_warps=8, block_n=16, q_in_registers=False, baseline=90, stages=2, has_lower=True, has_upper=True, ping_pong=True
+)
+HOPPER_PACKED = replace(HOPPER, num_warps=4, has_lower=False, has_upper=False, packed=True, ping_pong=False)
 Q_ARRIVED = (
     "if constexpr (Traits::kAsync && Config::kQInRegisters) isa::cp_async_commit();  // else with K",
     "if constexpr (Traits::kAsync) isa::cp_async_wait<1>();  // all but K",
     "isa::sync_threads();                                    // Q has arrived, every thread's part of it",
+)
+TURNS = (
+    "if constexpr (Traits::kPingPong) isa::barrier_sync(4 + consumer, 256);",
+    "if constexpr (Traits::kPingPong) isa::barrier_arrive(4 + (consumer + 1) % Traits::kConsumers, 256);",
+)
+OUT_BY_ROWS = ("isa::sync_warp();  // the warp's other lanes have written what this one reads",)
+Q_BY_ROWS = (
+    "isa::cp_async_commit();",
+    "isa::cp_async_wait<0>();",
+    "isa::fence_proxy_async();              // what this thread has written, to be read by wgmma,",
+    "isa::barrier_sync(1 + consumer, 128);  // and what the warpgroup's others have",
+)
+Q_AND_OUT_BY_MAPS = (
+    "isa::mbarrier_arrive_expect_tx(SharedStorage::q_full(), Traits::kConsumers * Traits::QTile::kBytes);",
+    "isa::mbarrier_wait(SharedStorage::q_full(), 0);",
+    "if constexpr (!Config::kPacked) isa::mbarrier_init(SharedStorage::q_full(), 1);",
+    "isa::fence_proxy_async();  // what this lane has written, to be read by a bulk copy,",
+    "isa::sync_warp();          // and what the warp's others have",
+    "isa::bulk_commit();",
+    "isa::bulk_wait_read<0>();  // shared memory ends with the block",
 )
 SUBJECTS = {
     "fwd_sm80.cu": Subject(
@@ -211,10 +236,23 @@ SUBJECTS = {
             forward_problem(PACKED_SPLIT, 5, 40, upper=20, heads=(4, 1), num_splits=2),
             forward_problem(PACKED_SPLIT, 50, 260, upper=150, heads=(3, 1), num_splits=2),
         ],
-        (*Q_ARRIVED, "isa::sync_warp();  // the warp's other lanes have written what this one reads"),
+        (*Q_ARRIVED, *OUT_BY_ROWS),
     ),
     "fwd_sm80.cu, sm_75": Subject(
         forward.source(SM75), [forward_problem(SM75, 64, 100, upper=0), forward_problem(SM75, 70, 260, upper=200)]
+    ),
+    "fwd_sm90.cu": Subject(
+        forward.source(HOPPER),
+        [
+            forward_problem(HOPPER, 64, 40, lower=-200, upper=0),
+            forward_problem(HOPPER, 130, 140, lower=-70, upper=60),  # several tiles of all kinds
+        ],
+        (*Q_BY_ROWS, *OUT_BY_ROWS),
+    ),
+    "fwd_sm90.cu, packed": Subject(
+        forward.source(HOPPER_PACKED),
+        [forward_problem(HOPPER_PACKED, 50, 100, heads=(2, 1))],
+        (*Q_AND_OUT_BY_MAPS, *TURNS),
     ),
     "merge.cu": Subject(
         render_kernel(MergeSpec("float16", "float16")),
@@ -424,6 +462,17 @@ def test_bad_exemptions_are_refused() -> None:
             "scale_log2(static_cast<float>(params.scale) * kLog2E)",
             "scale_log2(static_cast<float>(params.scale))",
         ),
+        ("fwd_sm90.cu", "if (!is_full) mask_scores", "if (false) mask_scores"),
+        ("fwd_sm90.cu", "walk.is_at_least(tiles.full_end)", "walk.is_at_least(tiles.end)"),
+        ("fwd_sm90.cu", "walk.is_at_least(tiles.full_begin)", "!walk.is_over()"),
+        (
+            "fwd_sm90.cu",
+            "stage.parity ^ 1);\n    const u32 full = SharedStorage::k_full",
+            "stage.parity);\n    const u32 full = SharedStorage::k_full",
+        ),
+        ("fwd_sm90.cu", "work.row_begin + 64 * consumer;\n      load_panels", "work.row_begin;\n      load_panels"),
+        ("fwd_sm90.cu", "tensor.head_stride != 0 ? head : 0", "0"),
+        ("fwd_sm90.cu, packed", "rows.row(at_most(row_begin + row, num_rows - 1))", "rows.row(row_begin + row)"),
         ("fwd_simt.cu", "tiles.full_begin <= tile && tile < tiles.full_end", "true"),
         ("fwd_simt.cu", "if (!is_full) mask_scores(first_key);", ""),
         ("fwd_simt.cu", "row_begin + row < num_rows && column_begin", "column_begin"),

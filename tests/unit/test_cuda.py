@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 import cupyflash
-from cupyflash.backends import emulated, emulator
+from cupyflash.backends import cuda, emulated, emulator
+from cupyflash.backends.tensormap import emulated_map
 from cupyflash.build import rendering
 from cupyflash.build.cache import Cache, default_cache
 from cupyflash.build.nvrtc import compile_cubin
@@ -242,12 +243,30 @@ def test_a_kernel_is_loaded_once_for_each_device(gpu: Gpu) -> None:
 
 
 def test_the_cubin_is_the_compilers_for_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    for device in ("A100", "H200", "RTX 5090"):
+    monkeypatch.setattr(cuda, "driver_map", emulated_map)
+    sm80 = FwdSpec("fwd_sm80", "float16", 64, 64, TileConfig(64, 64, 4))
+    sm90 = FwdSpec("fwd_sm90", "float16", 64, 64, TileConfig(128, 128, 12, False, 2), baseline=90)
+    for device, spec, arch in (("A100", sm80, "sm_80"), ("H200", sm90, "sm_90a"), ("RTX 5090", sm80, "sm_120")):
         gpu = install(monkeypatch, DEVICES[device])
         cupyflash.attention(**on_gpu(call()))
-        spec = FwdSpec("fwd_sm80", "float16", 64, 64, TileConfig(64, 64, 4))
-        expected = compile_cubin(render_kernel(spec), DEVICES[device].arch, Cache(tmp_path))
+        expected = compile_cubin(render_kernel(spec), arch, Cache(tmp_path))
         assert gpu.launches[0].cubin == expected.path.read_bytes()
+
+
+def test_tensor_maps_are_those_of_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "driver_map", emulated_map)
+    gpu = install(monkeypatch, DEVICES["H200"])
+    arguments = call(return_lse=False) | {"out": np.empty((1, 2, 70, 64), np.float16)}
+    cupyflash.attention(**on_gpu(arguments))
+    monkeypatch.setenv("CUPYFLASH_EMULATOR", "device=H200")
+    met: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(emulated, "_run", lambda launch, args: met.append(args))
+    cupyflash.attention(**arguments, backend="emulator")
+    (launch,) = gpu.launches
+    ((params, *others),) = met
+    assert (launch.name, launch.block, len(others)) == ("flash_fwd_sm90", (384,), 1 + 4)
+    assert launch.params == params.tobytes()
+    assert launch.mods == b"".join(argument.tobytes() for argument in others)
 
 
 def parts(number: int, dtype: Any = np.float16) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -340,8 +359,6 @@ def test_an_out_that_kernels_cannot_write_gets_a_copy(gpu: Gpu) -> None:
 
 
 def test_without_nvrtc_the_error_says_what_to_install(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cupyflash.backends import cuda
-
     def missing() -> None:
         raise cupyflash.Unsupported("kernels cannot be compiled: …; pip install 'cupyflash[nvrtc]'", {"cuda": ["…"]})
 

@@ -51,6 +51,7 @@ ORDER = [
     "build.strides",
     "build.mask_summary",
     "build.modding",
+    "build.bulk",
     "build.operands",
     "build.launch",
     "build.debug",
@@ -93,8 +94,8 @@ SHARED = {
     "backends.reference": {"backends.joining"},
     "backends.tiled": {"backends.blas", "backends.block", "backends.joining", "backends.pool", "backends.slices"},
     "backends.block": {"backends.scratch", "backends.slices"},
-    "backends.emulated": {"backends.emulator"},
-    "backends.cuda": {"backends.tuned"},
+    "backends.cuda": {"backends.tensormap", "backends.tuned"},
+    "backends.emulated": {"backends.emulator", "backends.tensormap"},
     "backends.registry": {"backends.cuda", "backends.emulated", "backends.reference", "backends.tiled"},
 }
 

@@ -31,7 +31,7 @@ from cupyflash.problem.masks import Band
 from cupyflash.problem.normalize import normalize
 from cupyflash.problem.problem import STAGES, Problem
 
-H200 = DEVICES["H200"]
+A100, H200 = DEVICES["A100"], DEVICES["H200"]
 
 
 def problem(
@@ -46,8 +46,10 @@ def problem(
 
 
 def test_a_plan_reads_like_this() -> None:
-    (launch,) = choose(problem(dtype="bfloat16", band=Band(None, 0)), H200).launches
+    (launch,) = choose(problem(dtype="bfloat16", band=Band(None, 0)), A100).launches
     assert str(launch) == "fwd_sm80-bf16-d128-m128n64w8-causal grid=1024 block=256 shared=49152"
+    (launch,) = choose(problem(dtype="bfloat16", band=Band(None, 0)), H200).launches
+    assert str(launch) == "fwd_sm90-bf16-d128-m128n128w12qs2-causal grid=1024 block=384 shared=163912"
 
 
 @pytest.mark.parametrize(
@@ -65,14 +67,15 @@ def test_a_plan_reads_like_this() -> None:
     ],
 )
 def test_features_that_select_a_kernel(changes: dict[str, Any], name: str) -> None:
-    (launch,) = choose(problem(**changes), H200).launches
-    assert str(launch.spec) == f"fwd_sm80-f16-d128-m128n64w8{name}"
+    for device, kernel in ((A100, "fwd_sm80-f16-d128-m128n64w8"), (H200, "fwd_sm90-f16-d128-m128n128w12qs2")):
+        (launch,) = choose(problem(**changes), device).launches
+        assert str(launch.spec) == f"{kernel}{name}"
 
 
 def test_a_problem_that_leaves_sms_idle_gets_the_narrow_tile() -> None:
     (launch,) = choose(
-        problem(batch=1, heads=8, seqlen_q=512, seqlen_k=256), H200
-    ).launches  # 32 wide blocks for 132 SMs
+        problem(batch=1, heads=8, seqlen_q=512, seqlen_k=256), A100
+    ).launches  # 32 wide blocks for 108 SMs
     assert str(launch) == "fwd_sm80-f16-d128-m64n64w4 grid=64 block=128 shared=49152"
     (launch,) = choose(problem(batch=1, heads=8, seqlen_q=512, seqlen_k=256), EMULATOR).launches
     assert str(launch.spec.tile) == "m128n64w8"
@@ -101,7 +104,7 @@ def test_a_tile_is_no_taller_than_its_rows_need(seqlen_q: int, height: int) -> N
 
 
 def test_candidates_say_why_not() -> None:
-    def why(device: DeviceSpec = H200, **changes: Any) -> list[tuple[str, tuple[str, ...], str]]:
+    def why(device: DeviceSpec = A100, **changes: Any) -> list[tuple[str, tuple[str, ...], str]]:
         found = candidates(selector_of(problem(**changes), device), device)
         return [(str(candidate.spec.tile), candidate.reasons, candidate.behind) for candidate in found]
 
@@ -119,18 +122,18 @@ def test_candidates_say_why_not() -> None:
         why(batch=1, heads=8, seqlen_q=512)[1][2] == "tile m128n64w8 would leave SMs idle, m64n64w4 makes more blocks"
     )
     assert why(seqlen_q=1)[1][2] == "tile m128n64w8 pads the rows to 128, m64n64w4 to 64"
-    tiny = replace(H200, name="tiny", smem_per_block=32 << 10)
+    tiny = replace(A100, name="tiny", smem_per_block=32 << 10)
     assert {behind for _, _, behind in why(tiny)} == {""}
     assert all("tiny has 32768 per block" in reasons[0] for _, reasons, _ in why(tiny))
 
 
 def test_a_row_of_another_family_or_of_more_padding_stands_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = rows_for("float16", 128, 128, H200.cc)[0]
+    first = rows_for("float16", 128, 128, A100.cc)[0]
     wider = TileRow("fwd_sm80", ("float16",), 128, 256, (8, 0), (TileConfig(64, 64, 4),))
     slower = replace(wider, family="slow", head_dim_v=128)
     monkeypatch.setitem(FAMILIES, "slow", FAMILIES["fwd_sm80"])
     monkeypatch.setattr("cupyflash.plan.choose.rows_for", lambda *_: [first, wider, slower])
-    found = candidates(selector_of(problem(), H200), H200)
+    found = candidates(selector_of(problem(), A100), A100)
     assert [candidate.behind for candidate in found[2:]] == [
         "it pads the head dims to 128 and 256, 128 and 128 hold them too",
         "fwd_sm80 is preferred to slow",
@@ -325,7 +328,7 @@ def test_no_refusal_of_what_there_is_and_all_of_what_is_not() -> None:
     ],
 )
 def test_plans_of_weights(stage: str, changes: dict[str, Any], names: list[str]) -> None:
-    plan = choose(problem(weights_stage=stage, **changes), H200)
+    plan = choose(problem(weights_stage=stage, **changes), A100)
     assert [str(launch.spec) for launch in plan.launches] == names
     assert plan.launches[-1].grid == (2 * 16 * 4096 // 64,)
     assert plan.weights_parts == 1
@@ -351,7 +354,7 @@ def test_every_row_has_a_legal_tile_where_it_begins_and_later() -> None:
         for tile in row.tiles:
             assert FAMILIES[row.family].rules(tile) == []
         for device in DEVICES.values():
-            if device.cc >= row.since:
+            if device.cc >= row.since and FAMILIES[row.family].only in (None, device.cc[0]):
                 assert [] in [row.reasons(tile, 2, device) for tile in row.tiles], (row, device.name)
 
 
@@ -365,9 +368,54 @@ def test_every_row_has_a_legal_tile_where_it_begins_and_later() -> None:
     ],
 )
 def test_illegal_tiles(tile: TileConfig, reason: str) -> None:
-    row = rows_for("float16", 128, 128, H200.cc)[0]
+    row = rows_for("float16", 128, 128, A100.cc)[0]
     (found,) = row.reasons(tile, 2, H200)
     assert reason in found
+
+
+@pytest.mark.parametrize(
+    ("tile", "reason"),
+    [
+        (TileConfig(256, 64, 20, False, 2), "m is 64, 128 or 192"),
+        (TileConfig(128, 64, 8, False, 2), "with four warps that copy"),
+        (TileConfig(128, 72, 12, False, 2), "16 to 256 keys, in steps of 16"),
+        (TileConfig(128, 64, 12, False, 1), "the ring has two stages or more"),
+        (TileConfig(128, 64, 12, True, 2), "queries are read from shared memory"),
+        (TileConfig(128, 128, 12, False, 4), "takes 295048 bytes of shared memory at head dims 128 and 128, H200 has"),
+    ],
+)
+def test_illegal_tiles_of_hopper(tile: TileConfig, reason: str) -> None:
+    row = rows_for("float16", 128, 128, H200.cc)[0]
+    assert row.family == "fwd_sm90"
+    (found,) = row.reasons(tile, 2, H200)
+    assert reason in found
+
+
+def test_hopper_has_a_family_of_its_own() -> None:
+    for device in DEVICES.values():
+        families = {candidate.spec.family for candidate in candidates(selector_of(problem(), device), device)}
+        assert ("fwd_sm90" in families) == (device.cc == (9, 0))
+    assert [FAMILIES[name].arch_for(H200) for name in FAMILIES] == ["sm_90a", "sm_90", "sm_90"]
+    # Padding is less than another family.
+    (launch,) = choose(problem(head_dim=40), H200).launches
+    assert str(launch.spec) == "fwd_sm90-f16-d64-m128n128w12qs2"
+    (launch,) = choose(problem(dtype="float32"), H200).launches
+    assert launch.spec.family == "fwd_simt"
+
+
+def test_few_rows_and_arrays_without_maps_are_not_for_hopper_s_family() -> None:
+    first = candidates(selector_of(problem(seqlen_q=64), H200), H200)[0]
+    assert first.reasons == ("fwd_sm90 is for 65 rows of queries or more, here are at most 64",)
+    assert choose(problem(seqlen_q=64), H200).launches[0].spec.family == "fwd_sm80"
+    assert choose(problem(seqlen_q=65), H200).launches[0].spec.family == "fwd_sm90"
+    packed = choose(problem(batch=64, seqlen_q=30, num_heads_k=8, num_heads_v=4), H200)
+    assert (packed.launches[0].spec.family, packed.pack) == ("fwd_sm80", 2)  # type: ignore[union-attr]
+    packed = choose(problem(batch=64, seqlen_q=33, num_heads_k=4, num_heads_v=4), H200)
+    assert (packed.launches[0].spec.family, packed.launches[0].spec.packed) == ("fwd_sm90", True)  # type: ignore[union-attr]
+    reasons = ("bulk copies can't move key: it is upside down",)
+    found = candidates(selector_of(problem(), H200, unmapped=reasons), H200)
+    assert (found[0].reasons, found[0].spec.family) == (reasons, "fwd_sm90")
+    assert choose(problem(), H200, unmapped=reasons).launches[0].spec.family == "fwd_sm80"
 
 
 def test_the_latest_row_that_a_gpu_reaches_wins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,12 +444,12 @@ def test_the_latest_row_that_a_gpu_reaches_wins(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_head_dims_are_padded_as_little_as_possible(head_dims: tuple[int, int], padded: tuple[int, int]) -> None:
-    rows = rows_for("bfloat16", *head_dims, H200.cc)
+    rows = rows_for("bfloat16", *head_dims, A100.cc)
     assert (rows[0].head_dim, rows[0].head_dim_v) == padded
 
 
 @pytest.mark.parametrize(
-    ("device", "tile"), [("A100", "m128n64w8q"), ("L4", "m128n32w8q"), ("H200", "m128n64w8q"), ("T4", "m64n32w4q")]
+    ("device", "tile"), [("A100", "m128n64w8q"), ("L4", "m128n32w8q"), ("H200", "m128n112w12qs2"), ("T4", "m64n32w4q")]
 )
 def test_the_first_tile_that_fits_is_chosen(device: str, tile: str) -> None:
     (launch,) = choose(problem(head_dim=192), DEVICES[device]).launches
@@ -422,7 +470,7 @@ def test_every_spec_has_a_name_of_its_own_and_is_what_choose_gives() -> None:
         launch.spec
         for row in TILES
         for dtype in row.dtypes
-        for device in map(DEVICES.__getitem__, ("T4", "A100", "L4"))
+        for device in map(DEVICES.__getitem__, ("T4", "A100", "L4", "H200"))
         if device.cc >= row.since
         for size in (
             {},
@@ -453,7 +501,7 @@ def test_kernels_are_few_enough_to_compile_them_all() -> None:
     for family, dtype in {(spec.family, spec.dtype) for spec in specs}:
         features = {spec.features for spec in specs if (spec.family, spec.dtype) == (family, dtype)}
         assert len(features) <= 15, (family, dtype)
-    assert len(specs) <= 4000
+    assert len(specs) <= 4500
 
 
 def test_dropout_is_neither_packed_nor_split() -> None:

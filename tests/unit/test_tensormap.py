@@ -115,6 +115,14 @@ def test_axes_that_repeat_have_one_element(stride: int) -> None:
     np.testing.assert_array_equal(layout[0]["extents"], [96, 200, 1, 0, 0])
 
 
+def test_a_tile_may_be_larger_than_an_axis() -> None:
+    """Where there is one row its stride may be anything."""
+    layout = emulated_map(ADDRESS, (6, 1, 96), (51200, 7, 2), "float16", BOX).tobytes()
+    found = np.frombuffer(layout, tensormap._LAYOUT)[0]
+    np.testing.assert_array_equal(found["extents"], [96, 1, 6, 0, 0])
+    np.testing.assert_array_equal(found["box"], [64, 128, 1, 0, 0])
+
+
 def test_maps_are_remembered() -> None:
     assert emulated_map(ADDRESS, SHAPE, STRIDES, "float16", BOX) is emulated_map(
         ADDRESS, SHAPE, STRIDES, "float16", BOX
@@ -133,7 +141,7 @@ WRONG = {
     "below 2\\*\\*40; copy the array first": {"strides": (51200, -256, 2)},
     "expected multiples of 16 above 0": {"strides": (51200, 264, 2)},
     "strides=.1099511627776": {"strides": (2**40, 256, 2)},
-    "of stride 0, a tile has the size 1": {"strides": (0, 256, 2), "box": (2, 128, 64)},
+    "along an axis of stride 0 a tile has the size 1": {"strides": (0, 256, 2), "box": (2, 128, 64)},
     r"shape=\(6, 0, 96\): expected 1 to": {"shape": (6, 0, 96)},
     "expected 1 to 256 elements": {"box": (1, 257, 64)},
 }

@@ -1,0 +1,120 @@
+"""Operands as bulk copies see them: the tensor maps of a launch, and which arrays have none.
+
+A map has an axis for the batch, for heads, rows and elements.  What a backend makes of that is its own affair: it hands
+in `cupyflash.backends.tensormap.driver_map` or `emulated_map`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ..plan.device import DeviceSpec
+from ..plan.specs import FwdSpec
+from ..plan.tiles import FAMILIES
+from ..problem.problem import Buffers, Problem
+from ..problem.shapes import join, joinable_axes
+
+__all__ = ["MapMaker", "make_maps", "map_refusals", "panel_columns"]
+
+Ints: TypeAlias = tuple[int, ...]
+#: (address, shape, strides, dtype, box, swizzle) -> the map as a kernel's argument
+MapMaker: TypeAlias = Callable[[int, Ints, Ints, str, Ints, int], np.void]
+
+_NAMES = ("query", "key", "value", "out")
+_STRIDE_UNIT, _MAX_STRIDE = 16, 2**40
+_WARPGROUP_ROWS, _WARP_ROWS = 64, 16
+_MAJORS = {family.only for family in FAMILIES.values() if family.takes_maps}
+_NO_MAP = np.void(bytes(128))
+
+
+def panel_columns(head_dim: int) -> int:
+    """Columns of a panel, that is of one copy: as in kernels_cu/warpgroup.cuh."""
+    return 64 if head_dim % 64 == 0 else 32
+
+
+def make_maps(spec: FwdSpec, arrays: Sequence[Any], addresses: Sequence[int], make: MapMaker) -> tuple[np.void, ...]:
+    """The maps of Q, K, V and O, (*batch, head, row, element) arrays that `map_refusals` has nothing against.
+
+    Rows of several heads in one tile are not copied by maps, neither in nor out.
+    """
+    shapes, strides = tuple([array.shape for array in arrays]), tuple([array.strides for array in arrays])
+    return _maps_of(spec, shapes, strides, tuple(addresses), arrays[0].itemsize, make)
+
+
+@lru_cache(maxsize=512)
+def _maps_of(
+    spec: FwdSpec,
+    shapes: tuple[Ints, ...],
+    strides: tuple[Ints, ...],
+    addresses: Ints,
+    itemsize: int,
+    make: MapMaker,
+) -> tuple[np.void, ...]:
+    head_dims = (spec.head_dim, spec.head_dim, spec.head_dim_v, spec.head_dim_v)
+    rows = (_WARPGROUP_ROWS, spec.tile.block_n, spec.tile.block_n, _WARP_ROWS)
+    unused = {"query", "out"} if spec.packed else set[str]()
+    maps = []
+    for name, shape, steps, address, head_dim, num_rows in zip(
+        _NAMES, shapes, strides, addresses, head_dims, rows, strict=True
+    ):
+        if 0 in shape or name in unused:
+            maps.append(_NO_MAP)
+            continue
+        found = _matrices(shape, steps, itemsize)
+        assert found is not None
+        columns = panel_columns(head_dim)
+        maps.append(make(address, *found, spec.dtype, (1, 1, num_rows, columns), columns * itemsize))
+    return tuple(maps)
+
+
+def map_refusals(problem: Problem, buffers: Buffers, device: DeviceSpec) -> tuple[str, ...]:
+    """Why bulk copies can't move the operands; empty if they can, and where no kernel of the device asks."""
+    if device.cc[0] not in _MAJORS:
+        return ()
+    reasons = []
+    if problem.head_dim == 0 or problem.head_dim_v == 0:
+        reasons.append(f"bulk copies need elements, but E was {problem.head_dim} and Ev was {problem.head_dim_v}")
+    for name, array in zip(_NAMES, (buffers.query, buffers.key, buffers.value, buffers.out), strict=True):
+        if array.size and (reason := _refused(array.shape, array.strides, array.itemsize)):
+            reasons.append(f"bulk copies can't move {name}: {reason}")
+    return tuple(reasons)
+
+
+@lru_cache(maxsize=512)
+def _refused(shape: Ints, strides: Ints, itemsize: int) -> str:
+    if any(n > 1 and stride == 0 for n, stride in zip(shape[-2:], strides[-2:], strict=True)):
+        return f"its rows or elements are one, repeated (strides {strides})"
+    is_copied = (shape[-1] > 1 and strides[-1] != itemsize) or any(
+        n > 1 and stride % _STRIDE_UNIT for n, stride in zip(shape[:-1], strides[:-1], strict=True)
+    )
+    if not is_copied and any(n > 1 and not 0 <= s < _MAX_STRIDE for n, s in zip(shape, strides, strict=True)):
+        return f"strides must be at least 0 and less than 2**40, but were {strides}"
+    if _matrices(shape, _copied(shape, strides, itemsize) if is_copied else strides, itemsize) is None:
+        return f"its batch axes {shape[:-3]} are not one behind the other (strides {strides})"
+    return ""
+
+
+def _copied(shape: Ints, strides: Ints, itemsize: int) -> Ints:
+    """The strides of a copy in which what is repeated is still there once."""
+    steps, step = [itemsize], -(-shape[-1] * itemsize // _STRIDE_UNIT) * _STRIDE_UNIT
+    for n, stride in zip(shape[-2::-1], strides[-2::-1], strict=True):
+        steps.append(0 if stride == 0 else step)
+        step *= 1 if stride == 0 else n
+    return tuple(steps[::-1])
+
+
+@lru_cache(maxsize=512)
+def _matrices(shape: Ints, strides: Ints, itemsize: int) -> tuple[Ints, Ints] | None:
+    """Shape and strides with all batch axes joined to one; None if they are not one behind the other."""
+    batch, steps = shape[:-3], tuple([0 if n == 1 else s for n, s in zip(shape[:-3], strides[:-3], strict=True)])
+    ranges = joinable_axes(batch, [steps])
+    if len(ranges) > 1:
+        return None
+    # A joined axis steps as its innermost axis longer than 1 does.
+    step = next((s for n, s in zip(batch[::-1], steps[::-1], strict=True) if n > 1), 0)
+    inner = [_STRIDE_UNIT if n == 1 else s for n, s in zip(shape[-3:-1], strides[-3:-1], strict=True)]
+    return (*(join(batch, ranges) or (1,)), *shape[-3:]), (step, *inner, itemsize)

@@ -1,0 +1,420 @@
+// Forward attention on Hopper's tensor cores, sm_90a: float16 and bfloat16. A draft: no GPU has run it yet.
+//
+//     S = scale Q K^T,  P = softmax over the keys that take part,  O = P V,  lse = log of the sum of exp(S)
+//
+// FlashAttention-2 (T. Dao, 2023, arXiv 2307.08691), Algorithm 1, as FlashAttention-3 arranges it for Hopper (J. Shah
+// et al., 2024, arXiv 2407.08608, Algorithms 1 and 2): one warp does nothing but start copies, warpgroups do nothing
+// but compute, and a warpgroup's softmax has the time of its own products. Rows, packing and splits are those of
+// work.cuh, tiles of keys those of mask.cuh; the last tile of keys comes first, as in fwd_sm80.cu.
+//
+//                           keys ->   kBlockN   kBlockN
+//     warpgroup 0: copies            +---------+---------+     A warp of a warpgroup owns 16 of its 64 rows, all
+//     warpgroup 1: 64 rows, warps    |         |         |     columns of S and of O. A lane has two rows of each tile
+//                  of 16 rows each   |    S    |    S    |     of 16 x 8, as with mma.sync: what softmax.cuh, mask.cuh
+//     warpgroup 2: 64 rows           |         |         |     and score.cuh do with fragments they do here.
+//                                    +---------+---------+
+//
+// What overlaps, within a warpgroup, j being the tile in hand and j - 1 the one before:
+//
+//     tensor cores   S(j) = Q K(j)^T | O += P(j-1) V(j-1)     | S(j+1) ..
+//     the rest                       | max, exp, sum of S(j)  | O's rescaling, P(j) packed
+//
+// O is rescaled only where some row's maximum has grown by much (softmax.cuh). As compiled, a whole tile of 128 keys
+// takes a warp 456 instructions at head dim 128, 392 if O is not rescaled, and all its exponentials stand where the
+// picture has them: tests/compile/test_hopper.py.
+//
+// With kOverlap off (what changes scores takes the registers that overlapping does) both products are waited for before
+// the scores are touched, and warpgroups alone overlap with one another.
+//
+// With kPingPong warpgroups take turns at starting their products, so that one's products come together while another's
+// softmax runs. FlashAttention-3 has lost by it where a warpgroup overlaps with itself: up to 4 % on an H200 at 128.
+//
+// Shared memory, in panels of 64 or 32 columns (warpgroup.cuh): a ring of kStages tiles of K, another one of V.
+//
+//     Q or O of warpgroup 1 | of warpgroup 2 | K0 | K1 | .. | V0 | V1 | .. | barriers
+//
+// O leaves through the place of its own warpgroup's Q, which nobody reads after the last Q K^T. Registers: the launch
+// gives every thread the same number; the copying warpgroup hands most of its own to the others, whose threads keep
+// O kHeadDimV / 2, S kBlockN / 2, and P kBlockN / 4.
+//
+// Who waits for what (barriers of shared memory, a phase for every use of a stage):
+//
+//     event                    who waits           how                            what it protects
+//     barriers initialised     every thread        fence_mbarrier_init,           their use by copies and threads
+//                                                  sync_threads
+//     Q arrived                every warpgroup     mbarrier q_full                reading q_smem
+//     the same, packed         the warpgroup       cp_async_wait,                 the same: no map describes packed
+//                                                  fence_proxy_async, barrier     rows, so their warpgroup copies them
+//     K(j) arrived             every warpgroup     mbarrier k_full of the stage   reading k_smem
+//     V(j) arrived             every warpgroup     mbarrier v_full of the stage   reading v_smem
+//     S(j) is there, K(j) read the warpgroup       wgmma_wait<1>                  reading s_frag; giving K's stage back
+//     K(j) read by all         the copying warp    mbarrier k_empty of the stage  overwriting k_smem
+//     O is there, V(j-1) read  the warpgroup       wgmma_wait<0>                  rescaling o_frag, overwriting p_frag;
+//                                                                                 giving V's stage back; staging O
+//     V(j-1) read by all       the copying warp    mbarrier v_empty of the stage  overwriting v_smem
+//     turn to start products   the warpgroup       barrier of the warpgroup       nothing: it saves time (kPingPong)
+//     O staged                 the warp's lanes    fence_proxy_async, sync_warp   copying o_smem out, by map
+//     O read                   the copying lane    bulk_wait_read                 the end of shared memory
+//     the same, packed         the warp's lanes    sync_warp                      reading o_smem, chunk by chunk
+//
+// Not supported: arrays that no tensor map describes (build/bulk.py says which).
+#include "isa.cuh"
+#include "epilogue.cuh"
+#include "mask.cuh"
+#include "score.cuh"
+#include "softmax.cuh"
+#include "warpgroup.cuh"
+#include "work.cuh"
+
+struct Traits {
+  static constexpr int kConsumers = Config::kBlockM / 64;  // warpgroups that compute
+  static constexpr int kNumThreads = 32 * Config::kNumWarps;
+  static constexpr int kStages = Config::kStages;
+  static constexpr int kScoreTiles = Config::kBlockN / 8;
+  static constexpr int kOutTiles = Config::kHeadDimV / 8;
+  static constexpr bool kChangesScores = ScoreFeatures<Config>::kAny;
+  static constexpr bool kOverlap = !kChangesScores && !Config::kDropout;
+  static constexpr bool kPingPong = Config::kPingPong && kConsumers > 1;
+  using QTile = PanelTile<64, Config::kHeadDim>;
+  using KTile = PanelTile<Config::kBlockN, Config::kHeadDim>;
+  using VTile = PanelTile<Config::kBlockN, Config::kHeadDimV>;
+  using OutTile = PanelTile<64, Config::kHeadDimV>;
+
+  // Of 65536 in steps of 8; what the copying warpgroup gives up the others get. One consumer has all it can have.
+  static constexpr bool kMovesRegisters = kConsumers > 1;
+  static constexpr int kCopyRegisters = kConsumers == 2 ? 24 : 32;
+  static constexpr int kComputeRegisters = kConsumers == 2 ? 240 : 160;
+
+  static_assert(Config::kBlockM % 64 == 0 && kConsumers <= 3, "a warpgroup owns 64 rows, and registers are for three");
+  static_assert(Config::kNumWarps == 4 * (kConsumers + 1), "one warpgroup copies");
+  static_assert(Config::kBlockN % 16 == 0 && Config::kBlockN <= 256, "wgmma goes over the keys in steps of 16");
+  static_assert(Config::kScaleFirst || !kChangesScores, "what is added to scores is not scaled");
+};
+
+// Addresses in shared memory; the picture above says what lies where.
+struct SharedStorage {
+  static constexpr int kQBytes = at_least(Traits::QTile::kBytes, Traits::OutTile::kBytes);
+  static constexpr int kK = Traits::kConsumers * kQBytes;
+  static constexpr int kV = kK + Traits::kStages * Traits::KTile::kBytes;
+  static constexpr int kBarriers = kV + Traits::kStages * Traits::VTile::kBytes;
+  static constexpr int kBytes = kBarriers + 8 * (1 + 4 * Traits::kStages);
+
+  static __device__ __forceinline__ u32 at(int offset) { return isa::shared_base() + static_cast<u32>(offset); }
+  static __device__ __forceinline__ u32 q(int consumer) { return at(consumer * kQBytes); }
+  static __device__ __forceinline__ u32 out(int consumer) { return q(consumer); }
+  static __device__ __forceinline__ u32 k(int stage) { return at(kK + stage * Traits::KTile::kBytes); }
+  static __device__ __forceinline__ u32 v(int stage) { return at(kV + stage * Traits::VTile::kBytes); }
+
+  static __device__ __forceinline__ u32 q_full() { return at(kBarriers); }
+  static __device__ __forceinline__ u32 k_full(int stage) { return at(kBarriers + 8 * (1 + stage)); }
+  static __device__ __forceinline__ u32 k_empty(int stage) { return k_full(stage + Traits::kStages); }
+  static __device__ __forceinline__ u32 v_full(int stage) { return k_full(stage + 2 * Traits::kStages); }
+  static __device__ __forceinline__ u32 v_empty(int stage) { return k_full(stage + 3 * Traits::kStages); }
+};
+static_assert(SharedStorage::kBytes == Config::kSharedBytes, "the launch asks for what the kernel uses");
+
+// A place in a ring of stages, and the parity of the phase in which it is used: 0 the first time round.
+struct Stage {
+  int index = 0;
+  u32 parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++index == Traits::kStages) {
+      index = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// The tiles of keys that take part, from the last to the first. The warp that copies and those that compute walk alike.
+struct KeyWalk {
+  KeyTiles tiles;
+  TileMarks<Config> marks;
+  int tile;
+
+  __device__ __forceinline__ KeyWalk(const FwdParams& params, const FwdWork& work)
+      : tiles(key_tiles<Config>(params, work).share(work.split, params.num_splits)),
+        marks(params, work),
+        tile(marks.last_live(tiles.end - 1, tiles.begin)) {}
+
+  __device__ __forceinline__ bool is_over() const { return tile < tiles.begin; }
+  __device__ __forceinline__ bool is_at_least(int bound) const { return tile >= at_least(bound, tiles.begin); }
+  __device__ __forceinline__ void advance() { tile = marks.last_live(tile - 1, tiles.begin); }
+};
+
+// The tensor maps of a launch.
+struct Maps {
+  const TensorMap& q;
+  const TensorMap& k;
+  const TensorMap& v;
+};
+
+// -----------------------------------------------------------------------------------------------------------
+// The thread that copies: Q, then K(0), K(1), V(0), K(2), V(1), ... as stages become free. Q is read once, K and V by
+// the blocks of all the other queries too.
+
+__device__ __forceinline__ void copy_tiles(const FwdParams& params, const FwdWork& work, const Maps& maps,
+                                           KeyWalk walk) {
+  if (walk.is_over()) return;
+  const u64 once = isa::l2_evict_first();
+  const u64 again = isa::l2_evict_last();
+  const BulkPlace k_place = BulkPlace::of(params.k, work.head / params.group_size_k, work.batch);
+  const BulkPlace v_place = BulkPlace::of(params.v, work.head / params.group_size_v, work.batch);
+  const auto copy_k = [&](int tile, Stage stage) {
+    isa::mbarrier_wait(SharedStorage::k_empty(stage.index), stage.parity ^ 1);
+    const u32 full = SharedStorage::k_full(stage.index);
+    isa::mbarrier_arrive_expect_tx(full, Traits::KTile::kBytes);
+    load_panels<Traits::KTile>(SharedStorage::k(stage.index), maps.k, k_place, tile * Config::kBlockN, full, again);
+  };
+  const auto copy_v = [&](int tile, Stage stage) {
+    isa::mbarrier_wait(SharedStorage::v_empty(stage.index), stage.parity ^ 1);
+    const u32 full = SharedStorage::v_full(stage.index);
+    isa::mbarrier_arrive_expect_tx(full, Traits::VTile::kBytes);
+    load_panels<Traits::VTile>(SharedStorage::v(stage.index), maps.v, v_place, tile * Config::kBlockN, full, again);
+  };
+
+  if constexpr (!Config::kPacked) {
+    const BulkPlace q_place = BulkPlace::of(params.q, work.head, work.batch);
+    isa::mbarrier_arrive_expect_tx(SharedStorage::q_full(), Traits::kConsumers * Traits::QTile::kBytes);
+#pragma unroll
+    for (int consumer = 0; consumer < Traits::kConsumers; ++consumer) {
+      const int row = work.row_begin + 64 * consumer;
+      load_panels<Traits::QTile>(SharedStorage::q(consumer), maps.q, q_place, row, SharedStorage::q_full(), once);
+    }
+  }
+  Stage stage;
+  copy_k(walk.tile, stage);
+  while (!walk.is_over()) {
+    const int last_tile = walk.tile;
+    const Stage last_stage = stage;
+    walk.advance();
+    stage.advance();
+    if (!walk.is_over()) copy_k(walk.tile, stage);
+    copy_v(last_tile, last_stage);
+  }
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// A warpgroup that computes.
+
+struct Forward {
+  const FwdParams& params;
+  const ModArgs& mods;
+  const FwdWork& work;
+  int consumer;  // which of them
+  int row;       // the first of the warp's rows
+  float scale_log2;
+  Stage stage;       // of the tile in hand
+  Stage last_stage;  // of the one before, whose values are still to come
+
+  float o_frag[Traits::kOutTiles][4];
+  u32 p_frag[Config::kBlockN / 16][4];
+  RowState state;
+
+  __device__ __forceinline__ Forward(const FwdParams& params, const ModArgs& mods, const FwdWork& work)
+      : params(params),
+        mods(mods),
+        work(work),
+        consumer(consumer_index()),
+        row(work.row_begin + 16 * (isa::warp_index() - 4)),
+        scale_log2(static_cast<float>(params.scale) * kLog2E),
+        state(RowState::start()) {
+#pragma unroll
+    for (int n = 0; n < Traits::kOutTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) o_frag[n][i] = 0.0f;
+    }
+  }
+
+  // The compiler sees that all lanes have the same only of what came from one of them: descriptors then stay in the
+  // registers from which wgmma takes them.
+  static __device__ __forceinline__ int consumer_index() {
+    return static_cast<int>(isa::shuffle_idx(static_cast<u32>(isa::warp_index() / 4 - 1), 0));
+  }
+
+  // Packed rows are copied by the warpgroup that reads them.
+  __device__ __forceinline__ void receive_q() {
+    if constexpr (Config::kPacked) {
+      const int num_rows = FwdWork::num_rows<Config>(params);
+      copy_panels<Traits::QTile>(SharedStorage::q(consumer), work.rows_of<Config, u16>(params, params.q),
+                                 work.row_begin + 64 * consumer, num_rows, params.head_dim);
+      isa::cp_async_commit();
+      isa::cp_async_wait<0>();
+      isa::fence_proxy_async();              // what this thread has written, to be read by wgmma,
+      isa::barrier_sync(1 + consumer, 128);  // and what the warpgroup's others have
+    } else {
+      isa::mbarrier_wait(SharedStorage::q_full(), 0);
+    }
+  }
+
+  // S = Q K(j)^T
+  __device__ __forceinline__ void start_scores(float (&s_frag)[Traits::kScoreTiles][4]) {
+    isa::mbarrier_wait(SharedStorage::k_full(stage.index), stage.parity);
+    isa::wgmma_fence();
+    const u64 k = Traits::KTile::nth(Traits::KTile::operand(SharedStorage::k(0)), stage.index);
+    start_q_k<Config, Traits::QTile, Traits::KTile>(s_frag, Traits::QTile::operand(SharedStorage::q(consumer)), k);
+    isa::wgmma_commit();
+  }
+
+  // O += P(j-1) V(j-1)
+  __device__ __forceinline__ void start_out() {
+    isa::mbarrier_wait(SharedStorage::v_full(last_stage.index), last_stage.parity);
+    const u64 v = Traits::VTile::nth(Traits::VTile::operand_trans(SharedStorage::v(0)), last_stage.index);
+    start_p_v<Config, Traits::VTile>(o_frag, p_frag, v);
+    isa::wgmma_commit();
+  }
+
+  // Barriers 1 to 3 are for packed rows, 4 to 6 for turns: those of a warpgroup and of the one before it.
+  __device__ __forceinline__ void await_turn() {
+    if constexpr (Traits::kPingPong) isa::barrier_sync(4 + consumer, 256);
+  }
+  __device__ __forceinline__ void pass_turn() {
+    if constexpr (Traits::kPingPong) isa::barrier_arrive(4 + (consumer + 1) % Traits::kConsumers, 256);
+  }
+
+  // After a wait for the products that read a tile; one thread speaks for the warpgroup.
+  __device__ __forceinline__ void give_back(u32 empty) {
+    if (isa::thread_index() % 128 == 0) isa::mbarrier_arrive(empty);
+  }
+
+  __device__ __forceinline__ void next_stage() {
+    last_stage = stage;
+    stage.advance();
+  }
+
+  // From Q K^T to P, not yet packed.
+  __device__ __forceinline__ void weigh(float (&s_frag)[Traits::kScoreTiles][4], float (&correction)[2], int tile,
+                                        bool is_full, bool is_whole) {
+    const int first_key = tile * Config::kBlockN;
+    if constexpr (Config::kScaleFirst) scale_scores(s_frag, static_cast<float>(params.scale));
+    if constexpr (Traits::kChangesScores) {
+      if (row < FwdWork::num_rows<Config>(params)) {  // warps without rows have nothing to look up
+        change_scores<Config>(s_frag, params, mods, work, row, first_key, is_whole);
+      }
+    }
+    if (!is_full) mask_scores<Config>(s_frag, params, row, first_key);
+    next_weights<Config::kScaleFirst, true>(s_frag, state, correction, scale_log2);
+    if constexpr (Config::kDropout) drop_weights<Config>(s_frag, params, work, row, first_key);
+  }
+
+  // The compiler may move a wait for products up, to before the exponentials that are to be computed meanwhile: no
+  // exponential needs what is waited for. Where they decide a branch, it may not; their sum is never this number.
+  __device__ __forceinline__ void finish_weights() {
+    if (isa::any(state.row_sum[0] + state.row_sum[1] == -1.0f)) isa::nanosleep(1);
+  }
+
+  __device__ __forceinline__ void first_step(int tile, bool is_full, bool is_whole) {
+    float s_frag[Traits::kScoreTiles][4];
+    start_scores(s_frag);
+    isa::wgmma_wait<0>();
+    give_back(SharedStorage::k_empty(stage.index));
+    float correction[2];  // of nothing
+    weigh(s_frag, correction, tile, is_full, is_whole);
+    pack_weights<Config>(p_frag, s_frag);
+    next_stage();
+  }
+
+  // One tile of keys, and the values of the one before. is_full: all keys take part for all rows, but for the bool mask
+  // and mask_mod; is_whole: those remove none of them.
+  __device__ __forceinline__ void kv_step(int tile, bool is_full, bool is_whole) {
+    float s_frag[Traits::kScoreTiles][4];
+    await_turn();
+    start_scores(s_frag);
+    start_out();
+    pass_turn();
+    isa::wgmma_wait<Traits::kOverlap ? 1 : 0>();
+    give_back(SharedStorage::k_empty(stage.index));
+    float correction[2];
+    weigh(s_frag, correction, tile, is_full, is_whole);
+    if constexpr (Traits::kOverlap) {
+      finish_weights();
+      isa::wgmma_wait<0>();
+    }
+    give_back(SharedStorage::v_empty(last_stage.index));
+    if (isa::any(correction[0] != 1.0f || correction[1] != 1.0f)) rescale(o_frag, correction);
+    pack_weights<Config>(p_frag, s_frag);
+    next_stage();
+  }
+
+  __device__ __forceinline__ void last_step() {
+    isa::wgmma_fence();
+    start_out();
+    isa::wgmma_wait<0>();
+  }
+
+  // Tiles to the right that the mask cuts, those that it leaves whole, those to the left that it cuts. Only with an
+  // upper bound is any but the first of them cut on the right: by the end of the keys.
+  __device__ __forceinline__ void compute(KeyWalk walk) {
+    if (walk.is_over()) return;
+    const KeyTiles tiles = walk.tiles;
+    receive_q();
+    if (consumer == Traits::kConsumers - 1) pass_turn();  // the first one has the first turn
+    first_step(walk.tile, tiles.full_begin <= walk.tile && walk.tile < tiles.full_end, walk.marks.of(walk.tile) == 2);
+    walk.advance();
+    if constexpr (Traits::kChangesScores) {
+      for (; !walk.is_over(); walk.advance()) kv_step(walk.tile, false, walk.marks.of(walk.tile) == 2);
+    } else {
+      if constexpr (Config::kHasUpper) {
+        for (; walk.is_at_least(tiles.full_end); walk.advance()) kv_step(walk.tile, false, true);
+      }
+      for (; walk.is_at_least(tiles.full_begin); walk.advance()) kv_step(walk.tile, true, true);
+      if constexpr (Config::kHasLower) {
+        for (; !walk.is_over(); walk.advance()) kv_step(walk.tile, false, true);
+      }
+    }
+    last_step();
+    if (consumer == 0) await_turn();  // the last one has passed on a turn that nobody takes
+  }
+
+  __device__ __forceinline__ void finish(const TensorMap& out_map) {
+    // Found again rather than kept: the loop needs the registers.
+    const FwdWork work = FwdWork::of_block<Config>(params);
+    float lse[2];
+    normalize<Config>(o_frag, lse, state, params, work, row);
+    if (params.num_splits > 1) {
+      store_part<Config>(params, work, o_frag, state, row);
+      return;
+    }
+    if (params.lse != nullptr) store_lse<Config>(params, work, lse, row);
+    if constexpr (Config::kPacked) {
+      const auto out = work.rows_of<Config, u16>(params, params.out);
+      const int num_rows = FwdWork::num_rows<Config>(params);
+      store_out<Config, Traits::OutTile>(out, SharedStorage::out(consumer), o_frag, 16 * (isa::warp_index() % 4), row,
+                                         num_rows, params.head_dim_v);
+    } else {
+      const BulkPlace place = BulkPlace::of(params.out, work.head, work.batch);
+      store_out_panels<Config, Traits::OutTile>(out_map, place, row, SharedStorage::out(consumer),
+                                                16 * (isa::warp_index() % 4), o_frag);
+    }
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(Traits::kNumThreads, 1)
+    flash_fwd_sm90(const __grid_constant__ FwdParams params, const __grid_constant__ ModArgs mods,
+                   const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+                   const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap out_map) {
+  if (isa::thread_index() == 0) {
+    if constexpr (!Config::kPacked) isa::mbarrier_init(SharedStorage::q_full(), 1);
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      isa::mbarrier_init(SharedStorage::k_full(stage), 1);
+      isa::mbarrier_init(SharedStorage::v_full(stage), 1);
+      isa::mbarrier_init(SharedStorage::k_empty(stage), Traits::kConsumers);
+      isa::mbarrier_init(SharedStorage::v_empty(stage), Traits::kConsumers);
+    }
+    isa::fence_mbarrier_init();
+  }
+  isa::sync_threads();
+  const FwdWork work = FwdWork::of_block<Config>(params);
+  const KeyWalk walk(params, work);
+  if (isa::warp_index() < 4) {
+    if constexpr (Traits::kMovesRegisters) isa::setmaxnreg_dec<Traits::kCopyRegisters>();
+    if (isa::warp_index() == 0) {
+      if (isa::elect_one()) copy_tiles(params, work, {q_map, k_map, v_map}, walk);
+    }
+  } else {
+    if constexpr (Traits::kMovesRegisters) isa::setmaxnreg_inc<Traits::kComputeRegisters>();
+    Forward forward(params, mods, work);
+    forward.compute(walk);
+    forward.finish(out_map);
+  }
+}
