@@ -45,7 +45,7 @@ from gpu_workloads import CASES, EVERYTHING, FEATURES, Case
 
 from cupyflash.build.cache import default_cache
 from cupyflash.build.nvrtc import compile_cubin
-from cupyflash.build.rendering import render_kernel
+from cupyflash.build.rendering import arch_for, render_kernel
 from cupyflash.plan.choose import choose
 from cupyflash.plan.device import DEVICES, DeviceSpec
 from cupyflash.plan.specs import Features, FwdSpec, Plan
@@ -412,7 +412,7 @@ def predict(problem: Problem, device: DeviceSpec, rates: Rates, plan: Plan | Non
     plan = choose(problem, device) if plan is None else plan
     spec = plan.launches[0].spec
     assert isinstance(spec, FwdSpec)
-    cycles = cycles_of(spec, step_of(spec, arch_of(spec, device)), rates)
+    cycles = cycles_of(spec, step_of(spec, arch_for(spec, device)), rates)
     limit = limit_of(cycles)
 
     per_tile = tiles_of_keys(problem, spec, plan.pack)
@@ -441,11 +441,6 @@ def predict(problem: Problem, device: DeviceSpec, rates: Rates, plan: Plan | Non
     return Prediction(spec, max(share, key=lambda name: share[name]), seconds, in_turn, share)
 
 
-def arch_of(spec: FwdSpec, device: DeviceSpec) -> str:
-    """What a kernel is compiled for: instructions of one architecture alone need its suffix."""
-    return f"{device.arch}a" if spec.family == "fwd_sm90" else device.arch
-
-
 def problem_of(case: Case) -> Problem:
     """The case as the plan sees it, without any memory for its operands."""
     query, key = (np.broadcast_to(np.zeros((), DTYPES[case.dtype]), shape) for shape in case.shapes)
@@ -469,7 +464,7 @@ def spec_lines(device: DeviceSpec, match: str) -> Iterator[str]:
     width = max(len(str(spec)) for spec in specs)
     yield f"{'kernel':{width}}  limit    {''.join(f'{pipe:>8}' for pipe in pipes)}  cycles for a tile of keys"
     for spec in specs:
-        cycles = cycles_of(spec, step_of(spec, arch_of(spec, device)), rates)
+        cycles = cycles_of(spec, step_of(spec, arch_for(spec, device)), rates)
         numbers = "".join(f"{cycles.get(pipe, 0):>8.0f}" for pipe in pipes)
         yield f"{spec!s:{width}}  {limit_of(cycles).pipe:8} {numbers}"
 

@@ -131,7 +131,7 @@ def test_kernels_of_all_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert build.main(["--device", "H200", "--list"]) == 0
     names = capsys.readouterr().out.splitlines()
     assert len(set(names)) == len(names) > 100
-    assert {"fwd_sm80-bf16-d128-m128n64w8-causal", "merge-f16", "mask_summary"} <= set(names)
+    assert {"fwd_sm90-bf16-d128-m128n128w12qs2-causal", "merge-f16", "mask_summary"} <= set(names)
     assert len(names) < len(CASES)
 
 

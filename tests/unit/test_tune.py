@@ -27,7 +27,7 @@ from tests.cases import heads
 from tests.conftest import Require
 from tests.cupy_stand_in import Array, Launch
 
-DEVICE = dataclasses.replace(DEVICES["H200"], name="NVIDIA H200, imagined")
+DEVICE = dataclasses.replace(DEVICES["A100"], name="NVIDIA A100, imagined")
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +142,7 @@ def test_the_fastest_is_used_from_now_on(monkeypatch: pytest.MonkeyPatch) -> Non
     # Of the same kind: enough rows for the GPU. Of another: no causal mask, few rows.
     assert launched(clock, *arrays(8192, 3000, 2), is_causal=True) == [128]
     assert launched(clock, *arrays()) == [256]
-    assert str(found).splitlines()[0].startswith("NVIDIA H200, imagined: cupy float16 batch (4,)")
+    assert str(found).splitlines()[0].startswith("NVIDIA A100, imagined: cupy float16 batch (4,)")
     assert str(found).splitlines()[-2:] == [
         "fwd_sm80-f16-d64-m64n64w4-causal       10.0 µs  chosen",
         "fwd_sm80-f16-d64-m128n64w8-causal      15.0 µs  the table's choice",
@@ -156,7 +156,7 @@ def test_it_is_found_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     # As in another process: another module for CuPy, asked for its device anew.
     assert launched(install(monkeypatch, small_is_fast), *arrays()) == [128]
     told = json.loads(tuned.path_for(DEVICE).read_text(encoding="utf-8"))
-    assert (told["version"], told["device"]) == (cupyflash.__version__, "NVIDIA H200, imagined")
+    assert (told["version"], told["device"]) == (cupyflash.__version__, "NVIDIA A100, imagined")
     (entry,) = told["found"].values()
     assert entry["kernel"] == "fwd_sm80-f16-d64-m64n64w4"
     assert entry["seconds"]["fwd_sm80-f16-d64-m128n64w8"] == pytest.approx(15e-6)
