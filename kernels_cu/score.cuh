@@ -210,31 +210,45 @@ __device__ __forceinline__ u64 dropout_seed(const ScoreParams& scores) {
 // -----------------------------------------------------------------------------------------------------------
 // The same for the fragments of tensor cores. row_begin and first_key are those of element (0, 0).
 
-// Sets scores of keys that mask_mod removes to -inf. It is asked first, for one bit each: a loop that is not unrolled is
-// short, and holds what mask_mod takes once, but may not index scores in registers.
+// Sets elements to `value`: those of tile n for which which(n) has a bit set. Of each 64 keys it is asked first, for one
+// bit an element: a loop that is not unrolled is short, and holds what the question takes once, but may not index
+// elements in registers.
+template <class Config, class Which>
+__device__ __forceinline__ void set_where(float (&frag)[Config::kBlockN / 8][4], float value, const Which& which) {
+  constexpr int kTiles = Config::kBlockN / 8;
+  constexpr int kTilesAtOnce = 8;
+#pragma unroll
+  for (int first = 0; first < kTiles; first += kTilesAtOnce) {
+    const int num_tiles = at_most(kTiles - first, kTilesAtOnce);
+    u32 bits = 0;
+#pragma unroll 1
+    for (int n = 0; n < num_tiles; ++n) bits |= which(first + n) << (4 * n);
+#pragma unroll
+    for (int n = 0; n < num_tiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (bits >> (4 * n + i) & 1) frag[first + n][i] = value;
+      }
+    }
+  }
+}
+
+// Sets scores of keys that mask_mod removes to -inf.
 template <class Config>
 __device__ __forceinline__ void remove_scores(float (&s_frag)[Config::kBlockN / 8][4], const FwdParams& params,
                                               const ModArgs& mods, const FwdWork& work, int row_begin, int first_key) {
-  static_assert(Config::kBlockN <= 64, "a lane's scores are at most 32");
   const int lane = isa::lane_index();
-  u32 removed = 0;
-#pragma unroll 1
-  for (int n = 0; n < Config::kBlockN / 8; ++n) {
+  set_where<Config>(s_frag, negative_infinity(), [&](int n) {
+    u32 removed = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = row_begin + acc_row(lane, i);
       const Coord at = {work.batch, work.head_of<Config>(params, row), FwdWork::query_of<Config>(params, row),
                         first_key + 8 * n + acc_column(lane, i)};
-      if (!MaskMod::apply(at, mods)) removed |= 1u << (4 * n + i);
+      if (!MaskMod::apply(at, mods)) removed |= 1u << i;
     }
-  }
-#pragma unroll
-  for (int n = 0; n < Config::kBlockN / 8; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (removed >> (4 * n + i) & 1) s_frag[n][i] = negative_infinity();
-    }
-  }
+    return removed;
+  });
 }
 
 // From scale q k to what the softmax is taken of, but for the band.
@@ -267,8 +281,7 @@ __device__ __forceinline__ void change_scores(float (&s_frag)[Config::kBlockN / 
 }
 
 // Sets weights that dropout drops to 0; what is kept is scaled at the row's end. A lane's 2 x 2 elements of an
-// m16n8 tile are the four words of one draw. Of each 64 keys the draws come first, as one bit each: a loop that is not
-// unrolled is short, and holds the state of few of them, but may not index weights in registers.
+// m16n8 tile are the four words of one draw.
 template <class Config>
 __device__ __forceinline__ void drop_weights(float (&p_frag)[Config::kBlockN / 8][4], const FwdParams& params,
                                              const FwdWork& work, int row_begin, int first_key) {
@@ -277,27 +290,14 @@ __device__ __forceinline__ void drop_weights(float (&p_frag)[Config::kBlockN / 8
   const int lane = isa::lane_index();
   const u64 seed = dropout_seed(scores);
   const u64 head = static_cast<u64>(work.batch) * params.num_heads_q + work.head;
-  constexpr int kTiles = Config::kBlockN / 8;
-  constexpr int kTilesAtOnce = 8;  // with four bits each
-#pragma unroll
-  for (int first = 0; first < kTiles; first += kTilesAtOnce) {
-    const int num_tiles = at_most(kTiles - first, kTilesAtOnce);
-    const int first_column = first_key + 8 * first + acc_column(lane, 0);
+  set_where<Config>(p_frag, 0.0f, [&](int n) {
+    const PhiloxWords drawn =
+        dropout_words(seed, head, row_begin + acc_row(lane, 0), first_key + 8 * n + acc_column(lane, 0));
     u32 dropped = 0;
-#pragma unroll 1
-    for (int n = 0; n < num_tiles; ++n) {
-      const PhiloxWords drawn = dropout_words(seed, head, row_begin + acc_row(lane, 0), first_column + 8 * n);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (drawn.words[i] < scores.dropout_threshold) dropped |= 1u << (4 * n + i);
-      }
+    for (int i = 0; i < 4; ++i) {
+      if (drawn.words[i] < scores.dropout_threshold) dropped |= 1u << i;
     }
-#pragma unroll
-    for (int n = 0; n < num_tiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (dropped >> (4 * n + i) & 1) p_frag[first + n][i] = 0.0f;
-      }
-    }
-  }
+    return dropped;
+  });
 }
