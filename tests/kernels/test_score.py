@@ -134,8 +134,8 @@ WRONG_WITH_MODS = [
 ]
 WRONG_WITH_MODS_OF = {
     "fwd_sm80": [
-        ("if (!MaskMod::apply(at, mods)) removed |= 1u << (4 * n + i);", ""),
-        ("if (removed >> (4 * n + i) & 1)", "if (removed >> n & 1)"),
+        ("if (!MaskMod::apply(at, mods)) removed |= 1u << i;", ""),
+        ("if (bits >> (4 * n + i) & 1)", "if (bits >> n & 1)"),
         ("FwdWork::query_of<Config>(params, row),\n                        first_key", "row_begin,\n first_key"),
     ],
     "fwd_simt": [("return MaskMod::apply(Coord{batch, head, query, key}, mods);", "return true;")],
