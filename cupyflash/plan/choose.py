@@ -397,10 +397,6 @@ def _unsuited(row: TileRow, selector: Selector, rows: Rows) -> Iterator[str]:
     family = FAMILIES[row.family]
     if family.takes_maps:
         yield from selector.unmapped
-    mods = selector.features.mods
-    if row.family == "fwd_sm90" and row.head_dim_v > 128 and mods is not None and mods.score and mods.score.lookups:
-        # As in `_is_crowded`: 240 registers, of which 176 and more are its parts of the output, scores and weights.
-        yield f"{row.family} has no registers for what score_mod looks up at head dim {row.head_dim_v}"
     if rows.height < family.least_rows:
         yield f"{row.family} is for {family.least_rows} rows of queries or more, here are at most {rows.height}"
 

@@ -403,14 +403,6 @@ def test_hopper_has_a_family_of_its_own() -> None:
     assert launch.spec.family == "fwd_simt"
 
 
-def test_look_ups_of_a_score_mod_at_large_head_dims_are_not_for_hopper_s_family() -> None:
-    table = np.ones(8, np.float32)
-    looks_up = Mods(trace_score_mod(lambda score, b, h, q, kv: score + table[h]).expression)
-    for head_dim, family in ((128, "fwd_sm90"), (192, "fwd_sm80"), (256, "fwd_sm80")):
-        asked = problem(head_dim=head_dim, has_score_mod=True)
-        assert choose(asked, H200, looks_up).launches[0].spec.family == family
-
-
 def test_few_rows_and_arrays_without_maps_are_not_for_hopper_s_family() -> None:
     first = candidates(selector_of(problem(seqlen_q=64), H200), H200)[0]
     assert first.reasons == ("fwd_sm90 is for 65 rows of queries or more, here are at most 64",)
