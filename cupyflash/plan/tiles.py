@@ -220,13 +220,13 @@ TILES: tuple[TileRow, ...] = (
     TileRow("fwd_sm80", _HALF, 192, 192, (8, 0), (_WIDE_Q, _SHORT_Q, _SMALL_Q)),
     # 140 and 70 KiB.
     TileRow("fwd_sm80", _HALF, 224, 224, (8, 0), (_WIDE_Q, _SMALL_Q)),
-    # 160 and 80 KiB; 128 registers of O.
-    TileRow("fwd_sm80", _HALF, 256, 256, (8, 0), (_WIDE_Q, _SMALL_Q)),
+    # 112 and 80 KiB; 128 registers of O, beside which there are not enough for 64 keys.
+    TileRow("fwd_sm80", _HALF, 256, 256, (8, 0), (_SHORT_Q, _SMALL_Q)),
     # E and Ev differ: Q and K with a part that V lacks (multi-head latent attention), values of another width.
     TileRow("fwd_sm80", _HALF, 64, 128, (8, 0), (_WIDE, _NARROW)),
     TileRow("fwd_sm80", _HALF, 128, 64, (8, 0), (_WIDE, _NARROW)),
     TileRow("fwd_sm80", _HALF, 192, 128, (8, 0), (_WIDE, _NARROW)),
-    TileRow("fwd_sm80", _HALF, 128, 256, (8, 0), (_WIDE_Q, _SMALL_Q)),
+    TileRow("fwd_sm80", _HALF, 128, 256, (8, 0), (_SHORT_Q, _SMALL_Q)),
     TileRow("fwd_sm80", _HALF, 256, 128, (8, 0), (_WIDE_Q, _SMALL_Q)),
     # sm_75 multiplies float16 only.  At most 60 KiB.
     TileRow("fwd_sm80", ("float16",), 32, 32, (7, 5), (_WIDE, _NARROW)),
