@@ -48,8 +48,8 @@ MASK_MODS: dict[str, Any] = {
     "sliding_window": mods.sliding_window(128),
     "dilated_window": mods.dilated_window(8, 4),
 }
-#: Where remove_scores in score.cuh asks mask_mod.
-ROLLED = "#pragma unroll 1\n  for (int n = 0; n < Config::kBlockN / 8; ++n)"
+#: Where set_where in score.cuh asks mask_mod.
+ROLLED = "#pragma unroll 1\n    for (int n = 0; n < num_tiles; ++n)"
 #: The columns, and the instructions that they count.
 COLUMNS = {
     "float32": ("FADD", "FMUL", "FFMA", "FMNMX"),
@@ -95,8 +95,8 @@ def table() -> str:
         *(row(name, Mods(trace_score_mod(function).expression, None)) for name, function in SCORE_MODS.items()),
         *(row(name, Mods(None, trace_mask_mod(function).expression)) for name, function in MASK_MODS.items()),
         "",
-        f"Counted in `{spec_with(None)}`, which takes {plain.instructions / scores:.0f} instructions for a score "
-        f"without any function, for {ARCH} by NVRTC {nvrtc}.",
+        f"Counted in `{spec_with(None)}`, which has {plain.instructions} instructions without any function, for {ARCH} "
+        f"by NVRTC {nvrtc}.",
     ]
     return "\n".join(lines) + "\n"
 
