@@ -183,7 +183,7 @@ FAMILIES: dict[str, Family] = {
 # leave SMs idle.  A thread keeps head_dim_v / 2 + block_n / 2 accumulators, and head_dim / 4 registers of Q if it
 # keeps Q; it may have 255 registers, of which the rest of the kernel takes about 90.
 _WIDE, _NARROW = TileConfig(128, 64, 8), TileConfig(64, 64, 4)
-_WIDE_Q = TileConfig(128, 64, 8, q_in_registers=False)
+_WIDE_Q, _NARROW_Q = TileConfig(128, 64, 8, q_in_registers=False), TileConfig(64, 64, 4, q_in_registers=False)
 # For the 99 KiB of sm_86, sm_89 and sm_120: half as many keys, then half as many queries.
 _SHORT_Q, _SMALL_Q = TileConfig(128, 32, 8, q_in_registers=False), TileConfig(64, 32, 4, q_in_registers=False)
 # For the 64 KiB of sm_75.
@@ -214,13 +214,14 @@ TILES: tuple[TileRow, ...] = (
     TileRow("fwd_sm80", _HALF, 64, 64, (8, 0), (_WIDE, _NARROW)),
     TileRow("fwd_sm80", _HALF, 96, 96, (8, 0), (_WIDE, _NARROW)),
     TileRow("fwd_sm80", _HALF, 128, 128, (8, 0), (_WIDE, _NARROW)),
-    # 60 KiB; 241 registers, just enough for 80 of O, 32 of S and 40 of Q.
-    TileRow("fwd_sm80", _HALF, 160, 160, (8, 0), (_WIDE, _NARROW)),
-    # With Q in registers it would spill on sm_120.  120 KiB; 84 and 60 where these do not fit.
+    # With Q in registers some would spill, here and at 192.  100 KiB; 80 where these do not fit.
+    TileRow("fwd_sm80", _HALF, 160, 160, (8, 0), (_WIDE_Q, _NARROW_Q)),
+    # 120 KiB; 84 and 60 where these do not fit.
     TileRow("fwd_sm80", _HALF, 192, 192, (8, 0), (_WIDE_Q, _SHORT_Q, _SMALL_Q)),
-    # 140 and 70 KiB.
-    TileRow("fwd_sm80", _HALF, 224, 224, (8, 0), (_WIDE_Q, _SMALL_Q)),
-    # 112 and 80 KiB; 128 registers of O, beside which there are not enough for 64 keys.
+    # 70 KiB; 112 registers of O, beside which there are not enough for 64 keys, and 32 keys are no equal parts for eight
+    # warps to copy.
+    TileRow("fwd_sm80", _HALF, 224, 224, (8, 0), (_SMALL_Q,)),
+    # 112 and 80 KiB; 128 registers of O.
     TileRow("fwd_sm80", _HALF, 256, 256, (8, 0), (_SHORT_Q, _SMALL_Q)),
     # E and Ev differ: Q and K with a part that V lacks (multi-head latent attention), values of another width.
     TileRow("fwd_sm80", _HALF, 64, 128, (8, 0), (_WIDE, _NARROW)),
