@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..build.bulk import map_refusals
+from ..build.bulk import plan_of
 from ..build.cache import default_cache
 from ..build.debug import debug_level, show_launch
 from ..build.launch import launches
@@ -28,7 +28,7 @@ from ..build.nvrtc import compile_cubin, nvrtc_version
 from ..build.operands import prepare
 from ..build.rendering import arch_for, entry_of, render_kernel
 from ..errors import Unsupported
-from ..plan.choose import choose, refusals, use_timed
+from ..plan.choose import refusals, use_timed
 from ..plan.device import DeviceSpec
 from ..plan.specs import KernelSpec, Launch, Plan
 from ..problem.parts import Parts
@@ -55,8 +55,7 @@ class CudaBackend:
         cupy, device, level = problem.namespace, buffers.query.device, debug_level()
         with device:
             mods = trace_mods(problem, buffers)
-            spec = device_spec(cupy, device.id)
-            plan = choose(problem, spec, mods and mods.structure, unmapped=map_refusals(problem, buffers, spec))
+            plan = plan_of(problem, buffers, device_spec(cupy, device.id), mods and mods.structure)
             operands = prepare(problem, plan, buffers, _address, mods, driver_map)
             for launch, args in launches(problem, plan, operands):
                 _run(cupy, device.id, launch, args, level)

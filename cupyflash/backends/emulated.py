@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..build.bulk import map_refusals
+from ..build.bulk import plan_of
 from ..build.debug import debug_level, show_launch
 from ..build.host import find_compiler
 from ..build.launch import launches
@@ -27,7 +27,7 @@ from ..build.modding import trace_mods
 from ..build.operands import prepare
 from ..build.rendering import arch_for, entry_of, render_kernel
 from ..errors import Unsupported
-from ..plan.choose import choose, refusals
+from ..plan.choose import refusals
 from ..plan.device import DEVICES, EMULATOR, DeviceSpec
 from ..plan.specs import KernelSpec, Launch
 from ..problem.parts import Parts
@@ -53,7 +53,7 @@ class EmulatorBackend:
         """See `cupyflash.backends.registry.Backend`."""
         mods = trace_mods(problem, buffers)
         device = device_from(os.environ.get(_ENVIRONMENT, ""))
-        plan = choose(problem, device, mods and mods.structure, unmapped=map_refusals(problem, buffers, device))
+        plan = plan_of(problem, buffers, device, mods and mods.structure)
         operands = prepare(problem, plan, buffers, _address, mods, emulated_map)
         for launch, args in launches(problem, plan, operands):
             _run(launch, args)

@@ -12,13 +12,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from ..plan.choose import choose
 from ..plan.device import DeviceSpec
-from ..plan.specs import FwdSpec
+from ..plan.specs import FwdSpec, Mods, Plan
 from ..plan.tiles import FAMILIES
 from ..problem.problem import Buffers, Problem
 from ..problem.shapes import join, joinable_axes
 
-__all__ = ["MapMaker", "make_maps", "map_refusals", "panel_columns"]
+__all__ = ["MapMaker", "make_maps", "map_refusals", "panel_columns", "plan_of"]
 
 Ints: TypeAlias = tuple[int, ...]
 #: (address, shape, strides, dtype, box, swizzle) -> the map as a kernel's argument
@@ -29,6 +30,14 @@ _STRIDE_UNIT, _MAX_STRIDE = 16, 2**40
 _WARPGROUP_ROWS, _WARP_ROWS = 64, 16
 _MAJORS = {family.only for family in FAMILIES.values() if family.takes_maps}
 _NO_MAP = np.void(bytes(128))
+
+
+def plan_of(problem: Problem, buffers: Buffers, device: DeviceSpec, mods: Mods | None) -> Plan:
+    """The plan of a call: `choose`, with kernels that take tensor maps only where these describe the operands."""
+    plan = choose(problem, device, mods)
+    if plan.takes_maps and (unmapped := map_refusals(problem, buffers, device)):
+        plan = choose(problem, device, mods, unmapped=unmapped)
+    return plan
 
 
 def panel_columns(head_dim: int) -> int:
@@ -75,16 +84,23 @@ def map_refusals(problem: Problem, buffers: Buffers, device: DeviceSpec) -> tupl
     """Why bulk copies can't move the operands; empty if they can, and where no kernel of the device asks."""
     if device.cc[0] not in _MAJORS:
         return ()
+    query, key, value, out = buffers.query, buffers.key, buffers.value, buffers.out
+    shapes = query.shape, key.shape, value.shape, out.shape
+    return _refusals(shapes, (query.strides, key.strides, value.strides, out.strides), query.itemsize)
+
+
+@lru_cache(maxsize=2048)
+def _refusals(shapes: tuple[Ints, ...], strides: tuple[Ints, ...], itemsize: int) -> tuple[str, ...]:
     reasons = []
-    if problem.head_dim == 0 or problem.head_dim_v == 0:
-        reasons.append(f"bulk copies need elements, but E was {problem.head_dim} and Ev was {problem.head_dim_v}")
-    for name, array in zip(_NAMES, (buffers.query, buffers.key, buffers.value, buffers.out), strict=True):
-        if array.size and (reason := _refused(array.shape, array.strides, array.itemsize)):
+    head_dim, head_dim_v = shapes[0][-1], shapes[2][-1]
+    if head_dim == 0 or head_dim_v == 0:
+        reasons.append(f"bulk copies need elements, but E was {head_dim} and Ev was {head_dim_v}")
+    for name, shape, steps in zip(_NAMES, shapes, strides, strict=True):
+        if 0 not in shape and (reason := _refused(shape, steps, itemsize)):
             reasons.append(f"bulk copies can't move {name}: {reason}")
     return tuple(reasons)
 
 
-@lru_cache(maxsize=512)
 def _refused(shape: Ints, strides: Ints, itemsize: int) -> str:
     if any(n > 1 and stride == 0 for n, stride in zip(shape[-2:], strides[-2:], strict=True)):
         return f"its rows or elements are one, repeated (strides {strides})"

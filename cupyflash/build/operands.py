@@ -10,7 +10,6 @@ import numpy as np
 
 from ..errors import Unsupported
 from ..plan.specs import FwdSpec, Mods, Plan
-from ..plan.tiles import FAMILIES
 from ..problem.philox import dropout_threshold
 from ..problem.problem import Buffers, Problem
 from .bulk import MapMaker, make_maps
@@ -133,9 +132,10 @@ def prepare(
 def _maps(
     plan: Plan, arrays: tuple[Any, ...], address: Callable[[Any], int], make_map: MapMaker | None
 ) -> tuple[np.void, ...]:
-    spec = plan.launches[0].spec if plan.launches else None
-    if not isinstance(spec, FwdSpec) or not FAMILIES[spec.family].takes_maps:
+    if not plan.takes_maps:
         return ()
+    spec = plan.launches[0].spec
+    assert isinstance(spec, FwdSpec)
     assert make_map is not None, f"{spec.family} takes tensor maps"
     return make_maps(spec, arrays, [address(array) for array in arrays], make_map)
 

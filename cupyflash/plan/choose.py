@@ -158,7 +158,7 @@ def choose(
     spec : FwdSpec or None
         One of the problem's `candidates` that can run; None: the best.
     unmapped : tuple of str
-        What `cupyflash.build.bulk.map_refusals` says of the operands.
+        Why no tensor maps describe the operands: what `cupyflash.build.bulk.map_refusals` says of the operands.
 
     Raises
     ------

@@ -324,5 +324,11 @@ class Plan:
     row_alignment: int = 1
     weights_parts: int = 1
 
+    @cached_property
+    def takes_maps(self) -> bool:
+        """Whether its forward kernel, which comes first, finds its operands by tensor maps."""
+        family = FAMILIES.get(self.launches[0].spec.family) if self.launches else None
+        return family is not None and family.takes_maps
+
     def __str__(self) -> str:
         return "\n".join(map(str, self.launches)) or "nothing to compute"

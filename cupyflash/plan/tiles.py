@@ -218,8 +218,8 @@ TILES: tuple[TileRow, ...] = (
     TileRow("fwd_sm80", _HALF, 160, 160, (8, 0), (_WIDE_Q, _NARROW_Q)),
     # 120 KiB; 84 and 60 where these do not fit.
     TileRow("fwd_sm80", _HALF, 192, 192, (8, 0), (_WIDE_Q, _SHORT_Q, _SMALL_Q)),
-    # 70 KiB; 112 registers of O, beside which there are not enough for 64 keys, and 32 keys are no equal parts for eight
-    # warps to copy.
+    # 70 KiB; 112 registers of O, beside which there are not enough for 64 keys; and 32 keys are no equal parts for
+    # eight warps to copy.
     TileRow("fwd_sm80", _HALF, 224, 224, (8, 0), (_SMALL_Q,)),
     # 112 and 80 KiB; 128 registers of O.
     TileRow("fwd_sm80", _HALF, 256, 256, (8, 0), (_SHORT_Q, _SMALL_Q)),
