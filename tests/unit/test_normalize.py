@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 import cupyflash
+from cupyflash.backends.tensormap import emulated_map
+from cupyflash.build import bulk as bulk_module
 from cupyflash.build import strides as strides_module
+from cupyflash.build.bulk import plan_of
 from cupyflash.build.launch import launches
 from cupyflash.build.modding import trace_mods
 from cupyflash.build.operands import prepare
 from cupyflash.plan import choose as choose_module
-from cupyflash.plan.choose import choose, refusals
+from cupyflash.plan.choose import refusals
 from cupyflash.plan.device import DEVICES
 from cupyflash.problem import normalize as module
 from cupyflash.problem.masks import Band
@@ -208,7 +211,7 @@ BASES: list[dict[str, Any]] = [
 
 def forget_all() -> None:
     forget()
-    for cached in (choose_module, strides_module):
+    for cached in (choose_module, strides_module, bulk_module):
         for member in vars(cached).values():
             if hasattr(member, "cache_clear"):
                 member.cache_clear()
@@ -222,8 +225,8 @@ def outcome(arguments: dict[str, Any]) -> Any:
         if reasons := refusals(problem):
             return repr(problem), reasons
         mods = trace_mods(problem, buffers)
-        plan = choose(problem, DEVICES["H200"], mods and mods.structure)
-        operands = prepare(problem, plan, buffers, lambda array: 1 << 20, mods)
+        plan = plan_of(problem, buffers, DEVICES["H200"], mods and mods.structure)
+        operands = prepare(problem, plan, buffers, lambda array: 1 << 20, mods, emulated_map)
         found = [(launch, [block.tobytes() for block in args]) for launch, args in launches(problem, plan, operands)]
     except (TypeError, ValueError, cupyflash.Unsupported) as error:
         return type(error), str(error)
