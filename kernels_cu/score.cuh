@@ -256,6 +256,10 @@ template <class Config>
 __device__ __forceinline__ void change_scores(float (&s_frag)[Config::kBlockN / 8][4], const FwdParams& params,
                                               const ModArgs& mods, const FwdWork& work, int row_begin, int first_key,
                                               bool is_whole) {
+  // Compilers would look up for all scores at once, which takes more registers than there are where a lane has many, or
+  // half as many beside a wide O. A branch that is the same for all lanes keeps them from it.
+  constexpr bool kIsCrowded = Config::kBlockN > 64 || (Config::kBlockN == 64 && Config::kHeadDimV > 192);
+  constexpr bool kInTurn = ScoreMod::kLooksUpByKey || (ScoreFeatures<Config>::kHasFloatMask && kIsCrowded);
   const int lane = isa::lane_index();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -266,9 +270,7 @@ __device__ __forceinline__ void change_scores(float (&s_frag)[Config::kBlockN / 
     for (int n = 0; n < Config::kBlockN / 8; ++n) {
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        // Compilers would look up for all scores at once, which takes more registers than there are. A branch that is the
-        // same for all lanes keeps them from it.
-        if constexpr (ScoreMod::kLooksUpByKey) {
+        if constexpr (kInTurn) {
           if (first_key + 8 * n + i % 2 >= params.seqlen_k) continue;
         }
         s_frag[n][i] = scores(s_frag[n][i], first_key + 8 * n + acc_column(lane, i));
