@@ -124,7 +124,7 @@ def prepare(
         summary,
         mod_summary,
         mod_args,
-        _maps(plan, arrays, address, make_map),
+        _maps(plan, arrays, address, make_map) if plan.takes_maps else (),
         kept,
     )
 
@@ -132,8 +132,6 @@ def prepare(
 def _maps(
     plan: Plan, arrays: tuple[Any, ...], address: Callable[[Any], int], make_map: MapMaker | None
 ) -> tuple[np.void, ...]:
-    if not plan.takes_maps:
-        return ()
     spec = plan.launches[0].spec
     assert isinstance(spec, FwdSpec)
     assert make_map is not None, f"{spec.family} takes tensor maps"
