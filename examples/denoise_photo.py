@@ -85,10 +85,7 @@ def make_operands(noisy: Array, sigma: float) -> tuple[Array, Array, Array]:
 
 
 def denoise(query: Array, key: Array, value: Array) -> Array:
-    """Return the filtered (tokens, 3) pixels.
-
-    The call is made for CuPy arrays as well: a GPU backend will run it as it stands; there is none yet.
-    """
+    """Return the filtered (tokens, 3) pixels."""
     if len(query) <= ONE_CALL:
         return cupyflash.attention(query, key, value, scale=1.0)
     out = np.empty_like(value)
