@@ -184,7 +184,7 @@ FAMILIES: dict[str, Family] = {
 # keeps Q; it may have 255 registers, of which the rest of the kernel takes about 90.
 _WIDE, _NARROW = TileConfig(128, 64, 8), TileConfig(64, 64, 4)
 _WIDE_Q, _NARROW_Q = TileConfig(128, 64, 8, q_in_registers=False), TileConfig(64, 64, 4, q_in_registers=False)
-# Half as many keys, then half as many queries: for the 99 KiB of sm_86, sm_89 and sm_120, and where registers are short.
+# Half as many keys, then half as many queries: for the 99 KiB of sm_86, sm_89 and sm_120, and where registers are few.
 _SHORT_Q, _SMALL_Q = TileConfig(128, 32, 8, q_in_registers=False), TileConfig(64, 32, 4, q_in_registers=False)
 # For the 64 KiB of sm_75.
 _TINY_Q = TileConfig(64, 16, 4, q_in_registers=False)
