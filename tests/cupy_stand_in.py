@@ -121,7 +121,7 @@ class Gpu:
         """As cupy.empty."""
         dtype = np.dtype(dtype)
         if self.allocator is None:
-            return Array(np.empty(shape, dtype))
+            return (Array, ArrayElsewhere)[Device.current](np.empty(shape, dtype))
         size = math.prod(shape) * dtype.itemsize
         pointer = self.allocator(size)
         assert pointer.mem.size == size

@@ -12,6 +12,7 @@ It computes in the accumulation dtype, on NumPy and CuPy arrays alike.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,8 @@ class MathBackend:
 
     def run(self, problem: Problem, buffers: Buffers) -> None:
         """See `cupyflash.backends.registry.Backend`."""
-        with np.errstate(all="ignore"):
+        device = nullcontext() if problem.library == "numpy" else buffers.query.device
+        with device, np.errstate(all="ignore"):
             if problem.weights_stage in (None, "softmax", "dropout"):
                 _attend(problem, buffers)
             else:

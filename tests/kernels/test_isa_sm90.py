@@ -16,6 +16,7 @@ from tests.kernels.hopper import (
     a_fragments,
     accumulator_places,
     map_of,
+    operand_offsets,
     place_operand,
     swizzled,
     tile_of,
@@ -201,6 +202,18 @@ def test_wgmma_reads_later_columns_of_a_swizzled_row(rng):
         out = run_ss(probes("probes_sm90a.cu"), "probe_wgmma_ss_f16_n64_nn", moved, numbers, acc, False)
         columns = slice(16 * step, 16 * step + 16)
         assert_product(out, whole_a[:, columns], whole_b[:, columns], 64, times=2)
+
+
+@pytest.mark.parametrize(
+    ("swizzle", "transposed"),
+    [(swizzle, turned) for swizzle in (128, 64, 32, 0) for turned in (False, True) if swizzle or not turned],
+)
+def test_operands_have_no_bank_conflicts(swizzle, transposed):
+    """A core matrix, 8 x 8 elements, has its eight chunks of 16 bytes in different banks, whatever the strides."""
+    offsets = operand_offsets(64, 0, 4096, 8 * max(swizzle, 16), swizzle, transposed)
+    rows = offsets.reshape(8, 8, 2, 8).swapaxes(1, 2)  # (.., .., row, k) of each core matrix
+    chunks = rows[..., 0, :] if transposed else rows[..., 0]
+    assert all(len(set(eight)) == 8 for eight in (chunks // 16 % 8).reshape(-1, 8))
 
 
 def test_setmaxnreg():

@@ -235,6 +235,14 @@ def test_the_current_stream_and_the_arrays_device(gpu: Gpu) -> None:
     assert Device.current == 0
 
 
+@pytest.mark.parametrize("backend", ["cuda", "math"])
+def test_results_are_on_the_arrays_device(gpu: Gpu, backend: str) -> None:
+    """Which need not be the current one."""
+    arguments = on_gpu(call(), ArrayElsewhere) | {"return_lse": True, "return_weights": True, "backend": backend}
+    assert [array.device.id for array in cupyflash.attention(**arguments)] == [1, 1, 1]
+    assert Device.current == 0
+
+
 def test_a_kernel_is_loaded_once_for_each_device(gpu: Gpu) -> None:
     arguments = call()
     for kind in (Array, ArrayElsewhere, Array, ArrayElsewhere):
