@@ -1,6 +1,6 @@
 """Measure cupyflash on a GPU against the backends of PyTorch's SDPA: cuDNN, flash, efficient.
 
-    python benchmarks/bench_gpu.py [--cases GLOB] [--rounds 9] [--seconds N] [--with flex,jax] [--out FILE.json]
+    python benchmarks/bench_gpu.py [--cases GLOB] [--rounds 9] [--seconds N] [--with flex,jax,pallas] [--out FILE.json]
 
 A draft: what needs no GPU is tested, but nobody has run it on one yet.
 

@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -44,16 +45,22 @@ BACKENDS = {
 }
 #: Others that are measured if they are named: what each needs, and what it is.
 EXTRA = {
-    "flex": ("triton", "PyTorch's FlexAttention, a Triton kernel; compiled for each shape, which takes its time"),
+    "flex": (("triton",), "PyTorch's FlexAttention, a Triton kernel; compiled for each shape, which takes its time"),
     "jax": (
-        "jax",
+        ("jax",),
         "jax.nn.dot_product_attention on cuDNN; timed by the host's clock, since JAX has streams of its own",
+    ),
+    "pallas": (
+        ("jax", "absl"),
+        "JAX's own kernel for Hopper, jax.experimental.pallas.ops.gpu.attention_mgpu; timed as jax. It does not scale: "
+        "queries come scaled",
     ),
 }
 #: What the machine does with nothing but products, or nothing but memory.
 YARDSTICKS = ("gemm", "copy")
 GEMM_SIZE = 8192
 COPY_BYTES = 1 << 30
+PALLAS_ROWS = 128  # two warpgroups of 64
 
 
 def operands_of(case: Case, count: int, torch: Any) -> list[tuple[Any, Any, Any]]:
@@ -74,7 +81,7 @@ def call_of(name: str, case: Case, sets: Sequence[tuple[Any, Any, Any]], torch: 
     """The implementation of that name, ready to be called."""
     if name in OURS:
         return our_call(case, sets, torch)
-    makers = {"flex": flex_call, "jax": jax_call, "gemm": gemm_call, "copy": copy_call}
+    makers = {"flex": flex_call, "jax": jax_call, "pallas": pallas_call, "gemm": gemm_call, "copy": copy_call}
     return makers.get(name, their_call)(case, sets, torch)
 
 
@@ -134,14 +141,34 @@ def flex_call(case: Case, sets: Sequence[tuple[Any, Any, Any]], torch: Any) -> C
 
 
 def jax_call(case: Case, sets: Sequence[tuple[Any, Any, Any]], torch: Any) -> Call:
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or nothing is left for the others
     import jax
-
-    arrays = [[jax.dlpack.from_dlpack(x.transpose(1, 2).contiguous()) for x in operands] for operands in sets]
 
     @jax.jit
     def function(query: Any, key: Any, value: Any) -> Any:
         return jax.nn.dot_product_attention(query, key, value, is_causal=case.is_causal, implementation="cudnn")
+
+    return on_jax_arrays(function, sets, torch)
+
+
+def pallas_call(case: Case, sets: Sequence[tuple[Any, Any, Any]], torch: Any) -> Call:
+    from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+    config = attention_mgpu.TuningConfig(PALLAS_ROWS // 2, pallas_keys(case), 2, causal=case.is_causal)
+    scaled = [(query * case.head_dim**-0.5, key, value) for query, key, value in sets]
+    return on_jax_arrays(partial(attention_mgpu.attention, config=config), scaled, torch)
+
+
+def pallas_keys(case: Case) -> int:
+    """The keys of a tile: the most for which two of K and two of V fit into shared memory."""
+    return max(64, 16384 // case.head_dim)
+
+
+def on_jax_arrays(function: Callable[..., Any], sets: Sequence[tuple[Any, Any, Any]], torch: Any) -> Call:
+    """A function of arrays (batch, length, head, element), called with the operands' elements in that order."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or nothing is left for the others
+    import jax
+
+    arrays = [[jax.dlpack.from_dlpack(x.transpose(1, 2).contiguous()) for x in operands] for operands in sets]
 
     def call(number: int) -> Any:
         result = function(*arrays[number % len(arrays)]).block_until_ready()
@@ -189,12 +216,23 @@ def as_only_backend(name: str, torch: Any) -> Iterator[None]:
 
 def why_not(name: str, case: Case) -> str:
     """Why one of `EXTRA` can't be asked for this case; "" if it can."""
-    module, _ = EXTRA[name]
-    if importlib.util.find_spec(module) is None:
-        return f"{module} is not installed"
+    modules, _ = EXTRA[name]
+    if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
+        return f"{' and '.join(missing)} not installed"
     if case.feature or case.reads_once:
         return "it is asked for plain calls outside of graphs only"
-    return "" if case.dtype in ("float16", "bfloat16") else f"it is not asked for {case.dtype}"
+    if case.dtype not in ("float16", "bfloat16"):
+        return f"it is not asked for {case.dtype}"
+    if name == "pallas":
+        keys = pallas_keys(case)
+        if case.head_dim % 64 or case.seqlen_q % PALLAS_ROWS or case.seqlen_k % keys:
+            return (
+                f"it takes head dims in steps of 64, lengths in steps of {PALLAS_ROWS} and {keys}, but they were "
+                f"{case.head_dim}, {case.seqlen_q}, {case.seqlen_k}"
+            )
+        if case.is_causal and case.seqlen_q != case.seqlen_k:
+            return f"its causal mask is for as many queries as keys, but there were {case.seqlen_q} and {case.seqlen_k}"
+    return ""
 
 
 def from_numpy(array: np.ndarray, torch: Any) -> Any:

@@ -335,9 +335,13 @@ def test_a_sample(bench: ModuleType) -> None:
 def test_extra_ones_say_why_not(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = bench.Case(1, (2, 2), 20, 20, 16)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "triton" else object())
-    assert bench.why_not("flex", plain) == "triton is not installed"
+    assert bench.why_not("flex", plain) == "triton not installed"
     assert bench.why_not("jax", plain) == ""
     assert "float64" in bench.why_not("jax", bench.Case(1, (2, 2), 20, 20, 16, dtype="float64"))
+    assert bench.why_not("pallas", bench.Case(1, (2, 2), 128, 256, 64)) == ""
+    assert "steps of 64" in bench.why_not("pallas", bench.Case(1, (2, 2), 128, 256, 96))
+    assert "steps of 128 and 256" in bench.why_not("pallas", bench.Case(1, (2, 2), 128, 320, 64))
+    assert "as many queries" in bench.why_not("pallas", bench.Case(1, (2, 2), 128, 256, 64, is_causal=True))
     assert "plain calls" in bench.why_not("jax", bench.Case(1, (2, 2), 20, 20, 16, feature="softcap"))
 
 
