@@ -156,6 +156,17 @@ def same(make: Callable[..., Any]) -> Iterator[dict[str, Any]]:
         yield {**arrays, "is_causal": True}
 
 
+def elsewhere(make: Callable[..., Any]) -> Iterator[dict[str, Any]]:
+    """The same prefill on arrays that no call has seen: only their addresses are new."""
+    address = 1 << 20
+    while True:
+        arrays = operands(make, (2, 16, 2048, 128), (2, 16, 2048, 128))
+        for array in arrays.values():
+            address += 1 << 24
+            array.data = types.SimpleNamespace(ptr=address)
+        yield {**arrays, "is_causal": True}
+
+
 def modded(make: Callable[..., Any]) -> Iterator[dict[str, Any]]:
     """The same prefill again, with a score_mod and a mask_mod that are new objects of a known structure."""
     arrays = operands(make, (2, 16, 2048, 128), (2, 16, 2048, 128))
@@ -194,6 +205,7 @@ def operands(make: Callable[..., Any], query: tuple[int, ...], key: tuple[int, .
 
 ROWS = (
     Row("same call again", same, 15e-6),
+    Row("the same on other arrays", elsewhere),
     Row("decode, S + 1 each call", decode(), 15e-6),
     Row("decode, S + 1 each call, out= and lse", decode(out=True, return_lse=True)),
     Row("prefill, another L each call", prefill),

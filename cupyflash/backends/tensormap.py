@@ -10,6 +10,7 @@ Axes are NumPy's: the last one is that whose elements are contiguous.  Kernels n
 from __future__ import annotations
 
 import ctypes
+import sys
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -75,14 +76,21 @@ def emulated_map(address: int, shape: Ints, strides: Ints, dtype: str, box: Ints
     ValueError
         TMA cannot read such an array, or not in such tiles.
     """
-    extents, steps, sizes = _axes(address, shape, strides, dtype, box, swizzle)
+    before, after = _layout_around_address(shape, strides, dtype, box, swizzle)
+    return _as_argument(before + _checked(address).to_bytes(8, sys.byteorder) + after)
+
+
+@lru_cache(maxsize=_CACHED_MAPS)
+def _layout_around_address(shape: Ints, strides: Ints, dtype: str, box: Ints, swizzle: int) -> tuple[bytes, bytes]:
+    extents, steps, sizes = _axes(shape, strides, dtype, box, swizzle)
     layout = np.zeros((), _LAYOUT)
-    layout["mark"], layout["address"], layout["rank"] = _MARK, address, len(extents)
+    layout["mark"], layout["rank"] = _MARK, len(extents)
     layout["extents"][: len(extents)] = extents
     layout["strides"][: len(steps)] = steps
     layout["box"][: len(sizes)] = sizes
     layout["element_bytes"], layout["swizzle"] = _ITEM_BYTES[dtype], _SWIZZLES.index(swizzle)
-    return _as_argument(layout.tobytes())
+    data, place = layout.tobytes(), 8  # of the address
+    return data[:place], data[place + 8 :]
 
 
 @lru_cache(maxsize=_CACHED_MAPS)
@@ -98,17 +106,28 @@ def driver_map(address: int, shape: Ints, strides: Ints, dtype: str, box: Ints, 
     CupyflashError
         the driver refused.
     """
-    extents, steps, sizes = _axes(address, shape, strides, dtype, box, swizzle)
-    encode = _encoder("libcuda.so.1")
+    before, after = _driver_arguments(shape, strides, dtype, box, swizzle)
+    address, encode = _checked(address), _encoder("libcuda.so.1")
     # The driver wants its 128 bytes at a multiple of 64.
     room = ctypes.create_string_buffer(_MAP_BYTES + 64)
     place = -ctypes.addressof(room) % 64
+    status = encode(ctypes.addressof(room) + place, *before, address, *after)
+    if status != 0:
+        raise CupyflashError(
+            f"cuTensorMapEncodeTiled returned {status} for address={address:#x}, shape={shape}, strides={strides}, "
+            f"dtype={dtype}, box={box}, swizzle={swizzle}"
+        )
+    return _as_argument(room.raw[place : place + _MAP_BYTES])
+
+
+@lru_cache(maxsize=_CACHED_MAPS)
+def _driver_arguments(
+    shape: Ints, strides: Ints, dtype: str, box: Ints, swizzle: int
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Of cuTensorMapEncodeTiled: what stands between the map and the address, and what behind it."""
+    extents, steps, sizes = _axes(shape, strides, dtype, box, swizzle)
     rank = len(extents)
-    status = encode(
-        ctypes.addressof(room) + place,
-        _DATA_TYPES[dtype],
-        rank,
-        address,
+    return (_DATA_TYPES[dtype], rank), (
         (ctypes.c_uint64 * rank)(*extents),
         (ctypes.c_uint64 * (rank - 1))(*steps),
         (ctypes.c_uint32 * rank)(*sizes),
@@ -118,12 +137,6 @@ def driver_map(address: int, shape: Ints, strides: Ints, dtype: str, box: Ints, 
         _L2_PROMOTION_256,
         0,  # CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE: zeros
     )
-    if status != 0:
-        raise CupyflashError(
-            f"cuTensorMapEncodeTiled returned {status} for address={address:#x}, shape={shape}, strides={strides}, "
-            f"dtype={dtype}, box={box}, swizzle={swizzle}"
-        )
-    return _as_argument(room.raw[place : place + _MAP_BYTES])
 
 
 def _as_argument(data: bytes) -> np.void:
@@ -131,7 +144,13 @@ def _as_argument(data: bytes) -> np.void:
     return argument
 
 
-def _axes(address: int, shape: Ints, strides: Ints, dtype: str, box: Ints, swizzle: int) -> tuple[Ints, Ints, Ints]:
+def _checked(address: int) -> int:
+    if address % _STRIDE_UNIT != 0:
+        raise ValueError(f"address={address:#x} is not a multiple of {_STRIDE_UNIT}")
+    return address
+
+
+def _axes(shape: Ints, strides: Ints, dtype: str, box: Ints, swizzle: int) -> tuple[Ints, Ints, Ints]:
     """Extents, strides from the second axis on, and box, contiguous axis first, after checking them."""
     if dtype not in _ITEM_BYTES:
         raise ValueError(f"dtype={dtype!r} has no tensor map; expected one of {', '.join(_ITEM_BYTES)}")
@@ -142,8 +161,6 @@ def _axes(address: int, shape: Ints, strides: Ints, dtype: str, box: Ints, swizz
         raise ValueError(
             f"shape={shape}, strides={strides}, box={box}: expected {_MIN_RANK} to {_MAX_RANK} axes, as many in each"
         )
-    if address % _STRIDE_UNIT != 0:
-        raise ValueError(f"address={address:#x} is not a multiple of {_STRIDE_UNIT}")
     if strides[-1] != item:
         raise ValueError(f"strides={strides}: elements of the last axis must lie {item} bytes apart")
     row = box[-1] * item
