@@ -175,6 +175,8 @@ void bulk_load(std::uint32_t destination, const void* map, std::uint32_t address
   note_async(AccessKind::kBulkLoad, static_cast<std::uint8_t>(me.lane_index), barrier.identity,
              load_time(block, barrier), destination, tile.bytes, site);
   ++block.counters.bulk;
+  barrier.loaded = barrier.phase;
+  barrier.load = site;
   block.loads.push_back({tile, site, &barrier});
   if (block.launch->options.late_landing != 0) {
     std::memset(shared_place(block, destination), 0xff, tile.bytes);

@@ -2,6 +2,8 @@
 
 #include "mbarrier.h"
 
+#include <algorithm>
+
 #include "access.h"
 #include "report.h"
 
@@ -108,6 +110,11 @@ std::string mbarrier_table(const Block& block) {
 
 std::string unfinished_mbarrier_report(const Block& block) {
   for (const Mbarrier& barrier : block.mbarriers) {
+    // Its bytes would arrive in shared memory that may be another block's by then.
+    if (barrier.loaded > *std::max_element(barrier.last_waited.begin(), barrier.last_waited.end())) {
+      return text_of(barrier.load) + ": the block ended and no thread has waited for this bulk load, at the " +
+             name_of(barrier) + ", in phase " + std::to_string(barrier.loaded);
+    }
     if (barrier.bytes == 0) continue;
     return text_of(barrier.site) + ": the block ended with " + std::to_string(barrier.bytes) +
            " bytes still to come at the " + name_of(barrier) + ", in phase " + std::to_string(barrier.phase);

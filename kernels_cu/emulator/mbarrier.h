@@ -33,6 +33,9 @@ struct Mbarrier {
   Clock completed;                        // `published` when the latest phase was complete
 
   static constexpr std::int64_t kNeverWaited = -2;
+
+  std::int64_t loaded = kNeverWaited;  // the phase of its latest bulk load,
+  Site load;                           // and where that was issued
 };
 
 // The mbarrier that an instruction of the current thread names; fails if there is none.
