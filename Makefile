@@ -7,7 +7,7 @@ PARALLEL = -n auto --dist worksteal
 SHARD = 1/1
 KERNEL_SOURCES = $(shell find kernels_cu -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
-.PHONY: help check lint test compile-all fuzz bench gpu format
+.PHONY: help check lint test compile-all fuzz bench docs gpu format
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -32,6 +32,9 @@ fuzz:  ## the property tests with many examples
 
 bench:  ## the benchmark on the CPU (pip install -e '.[bench]'); that on a GPU is part of `make gpu`
 	$(PYTHON) benchmarks/bench_cpu.py
+
+docs:  ## the documentation as a site, build/site/index.html (pip install -e '.[docs]')
+	$(PYTHON) -m mkdocs build --strict
 
 gpu:  ## record, test, check and measure on a GPU, in about 9 minutes
 	$(PYTHON) -m tests.gpu.run

@@ -62,13 +62,13 @@ seconds at most. The exit status is 0 where `attention` runs on NumPy arrays.
 
 Two machines, described rather than run, so that this page is the same wherever it is written. A laptop without a GPU:
 
-```
+```text
 {laptop}
 ```
 
 A server with one:
 
-```
+```text
 {server}
 ```
 
@@ -80,7 +80,7 @@ is not; what is compiled stays in the cache, where `attention` finds it. `--matc
 
 `python -m cupyflash kernels --arch {arch} --match {match}`, by NVRTC {nvrtc}:
 
-```
+```text
 {kernels}
 ```
 
@@ -112,7 +112,7 @@ def compiled_table() -> list[str]:
 
 def is_up_to_date(text: str) -> bool:
     """Whether all but the kernels' numbers is as it would be written."""
-    nvrtc = re.search(r"by NVRTC ([\d.]+):\n\n```\n(.*?)\n```", text, re.DOTALL)
+    nvrtc = re.search(r"by NVRTC ([\d.]+):\n\n```text\n(.*?)\n```", text, re.DOTALL)
     if nvrtc is None:
         return False
     table = nvrtc[2].splitlines()

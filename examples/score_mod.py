@@ -6,7 +6,7 @@ A score_mod changes the score of query i and key j before the softmax, a mask_mo
 
 On NumPy arrays the functions are called on tiles of scores.  On CuPy arrays they are traced and become part of the
 kernel, which runs at its own speed and leaves out the tiles that a mask leaves empty.  `cupyflash.mods` has all of
-them; yours is written the same way: docs/score_mod.md.
+them; yours is written the same way: docs/howto/score_mod.md.
 
 Each result is compared with the formula in float64, whose weights are all stored: 8 heads × 1024 × 1024 take 64 MiB.
 

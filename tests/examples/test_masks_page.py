@@ -1,4 +1,4 @@
-"""docs/masks.md shows what the code does."""
+"""docs/howto/masks.md shows what the code does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-WRITER = Path(__file__).parents[2] / "docs" / "masks.py"
+WRITER = Path(__file__).parents[2] / "docs" / "howto" / "masks.py"
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def writer() -> ModuleType:
 
 
 def test_the_page_is_up_to_date(writer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert writer.main(["--check"]) == 0, "run `python docs/masks.py`"
+    assert writer.main(["--check"]) == 0, "run `python docs/howto/masks.py`"
     changed = writer.PAGE.read_text(encoding="utf-8").replace("1 1 0", "1 0 0")
     monkeypatch.setattr(writer, "PAGE", tmp_path / "masks.md")
     writer.PAGE.write_text(changed, encoding="utf-8")

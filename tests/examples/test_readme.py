@@ -18,40 +18,30 @@ import io
 import json
 import re
 import tokenize
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.examples.documents import pages, run_session
+
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-FENCED = re.compile(r"^```(?P<language>[^\n`]*)\n(?P<text>.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
 SHAPES = re.compile(r"\((?:\d+,|\d+(?:, *\d+)+)?\)(?:, *\((?:\d+,|\d+(?:, *\d+)+)?\))*")
-
-
-class Block(NamedTuple):
-    line: int  # of its first line in the file
-    text: str
-
-
-def python_blocks(readme: str) -> list[Block]:
-    return [
-        Block(readme.count("\n", 0, found.start("text")) + 1, found["text"])
-        for found in FENCED.finditer(readme)
-        if found["language"].strip() == "python"
-    ]
 
 
 def run_blocks(readme: str, name: str = "README.md") -> int:
     """Run them; return how many comments were checked.  AssertionError where one does not hold."""
-    blocks = python_blocks(readme)
+    blocks = [block for block in pages.blocks(readme) if block.language in ("python", "pycon")]
     assert blocks, f"{name} has no ```python block"
     namespace: dict[str, Any] = {"__name__": "__readme__"}
     checked = 0
     for block in blocks:
+        if block.language == "pycon":
+            run_session(block.text, namespace, name, block.line)
+            continue
         # Line numbers of tracebacks and messages are those of the file.
         source = "\n" * (block.line - 1) + block.text
         comments = trailing_comments(source)
@@ -124,20 +114,9 @@ def command_under(heading: str, readme: str) -> list[str]:
     """The lines of the first fenced block under a heading."""
     found = re.search(rf"^#+ {re.escape(heading)}[ \t]*\n(?P<section>.*?)(?=^#+ |\Z)", readme, re.DOTALL | re.MULTILINE)
     assert found, f"README.md has no heading {heading!r}"
-    block = FENCED.search(found["section"])
-    assert block, f"README.md has no fenced block under {heading!r}"
-    return [line for line in block["text"].splitlines() if line.strip()]
-
-
-def relative_links(readme: str) -> Iterator[str]:
-    """The files that links and images point at, without their anchors."""
-    text = FENCED.sub("", readme)
-    targets = re.findall(r"\]\(<?([^)\s>]+)[^)]*\)", text)
-    targets += re.findall(r"(?:src|href)=[\"']([^\"']+)[\"']", text)
-    targets += re.findall(r"^\[[^\]]+\]:\s*(\S+)", text, re.MULTILINE)
-    for target in targets:
-        if not re.match(r"[a-z][a-z0-9+.-]*:|#", target, re.IGNORECASE):
-            yield target.partition("#")[0]
+    blocks = pages.blocks(found["section"])
+    assert blocks, f"README.md has no fenced block under {heading!r}"
+    return [line for line in blocks[0].text.splitlines() if line.strip()]
 
 
 @pytest.fixture(scope="module")
@@ -161,37 +140,10 @@ def test_python_blocks_run_and_their_comments_hold(readme: str) -> None:
     assert run_blocks(readme) > 0, "README.md: no result in a comment was checked; write `# -> …` or `# (2, 8, …)`"
 
 
-PAGES = {
-    "explanation.md": (),
-    "interop.md": ("torch", "jax"),
-    "score_mod.md": (),
-    "transformers.md": ("torch", "transformers"),
-    "tutorial.md": (),
-}
-
-
-@pytest.mark.parametrize(("page", "libraries"), PAGES.items())
-def test_pages_of_the_docs_hold_too(page: str, libraries: tuple[str, ...]) -> None:
-    for library in libraries:
-        pytest.importorskip(library)
-    assert run_blocks((ROOT / "docs" / page).read_text(encoding="utf-8"), page) > 0
-
-
 @pytest.mark.parametrize("heading", ["Run it", "Test it"])
 def test_command_is_one_line(readme: str, heading: str) -> None:
     lines = command_under(heading, readme)
     assert len(lines) == 1, f"README.md: the block under {heading!r} has {len(lines)} lines, expected one"
-
-
-def test_links_point_at_files(readme: str) -> None:
-    lacking = sorted({path for path in relative_links(readme) if not (ROOT / path).exists()})
-    assert not lacking, f"README.md links to what does not exist: {lacking}"
-
-
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
-def test_links_of_the_docs_point_at_files(page: Path) -> None:
-    lacking = sorted({path for path in relative_links(page.read_text("utf-8")) if not (page.parent / path).exists()})
-    assert not lacking, f"{page.name} links to what does not exist: {lacking}"
 
 
 @pytest.mark.usefixtures("readme")
@@ -256,10 +208,8 @@ def test_readme_without_python_fails_clearly() -> None:
         run_blocks(fenced("ls", "sh"))
 
 
-def test_commands_and_links_are_found() -> None:
-    text = "# T\n[a](b.md#c) ![i](p/q.png) [w](https://x.y) [h](#t) <img src='z.svg'>\n"
-    assert list(relative_links(text)) == ["b.md", "p/q.png", "z.svg"]
-    text += "## Test it\n```\nmake\n\n```\n"
+def test_commands_are_found() -> None:
+    text = "# T\n\n## Test it\n```\nmake\n\n```\n"
     assert command_under("Test it", text) == ["make"]
     with pytest.raises(AssertionError, match="no heading 'Run it'"):
         command_under("Run it", text)

@@ -1,4 +1,4 @@
-"""docs/tools.md shows what the tools print, docs/score_mod.md what is compiled."""
+"""docs/tools.md shows what the tools print, docs/howto/score_mod.md what is compiled."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_page_is_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.usefixtures("nvrtc")
 def test_the_costs_of_mods_are_up_to_date(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("docs_score_mod", DOCS / "score_mod.py")
+    spec = importlib.util.spec_from_file_location("docs_score_mod", DOCS / "howto" / "score_mod.py")
     page = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(page)
     assert sorted([*page.SCORE_MODS, *page.MASK_MODS]) == mods.__all__

@@ -1,7 +1,7 @@
-"""Write docs/masks.md: every kind of mask as a 0/1 matrix, drawn from the weights that the call gives.
+"""Write docs/howto/masks.md: every kind of mask as a 0/1 matrix, drawn from the weights that the call gives.
 
-python docs/masks.py            rewrites docs/masks.md
-python docs/masks.py --check    says whether it is up to date: exit status 0 or 1
+python docs/howto/masks.py            rewrites docs/howto/masks.md
+python docs/howto/masks.py --check    says whether it is up to date: exit status 0 or 1
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # draw the checkout around this file
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # draw the checkout around this file
 
 import cupyflash
 
@@ -27,7 +27,7 @@ Rows are queries, columns keys; 1 where the key takes part. Each matrix is where
 `attention_weights(query, key, stage="biased", …)` is not -inf, for 4 queries and 6 keys, so it shows what the code does
 and not what somebody meant. All the masks of a call apply at once.
 
-This page is written by `python docs/masks.py`, and a test keeps it true.
+This page is written by `python docs/howto/masks.py`, and a test keeps it true.
 """
 
 SETUP = """\
@@ -132,14 +132,14 @@ def page() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write docs/masks.md.")
+    parser = argparse.ArgumentParser(description="Write docs/howto/masks.md.")
     parser.add_argument("--check", action="store_true", help="change nothing, fail if the page is not up to date")
     check = parser.parse_args(arguments).check
     old = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
     new = page()
     if check:
         if new != old:
-            print("docs/masks.md is not up to date: run python docs/masks.py", file=sys.stderr)
+            print("docs/howto/masks.md is not up to date: run python docs/howto/masks.py", file=sys.stderr)
         return int(new != old)
     PAGE.write_text(new, encoding="utf-8")
     return 0

@@ -1,7 +1,7 @@
-"""Write the table of docs/score_mod.md: what each function of the gallery costs in a kernel, for each score.
+"""Write the table of docs/howto/score_mod.md: what each function of the gallery costs in a kernel, for each score.
 
-    python docs/score_mod.py            rewrites the table; needs NVRTC
-    python docs/score_mod.py --check    says whether it is up to date: exit status 0 or 1
+    python docs/howto/score_mod.py            rewrites the table; needs NVRTC
+    python docs/howto/score_mod.py --check    says whether it is up to date: exit status 0 or 1
 
 The forward kernel is compiled with the function and without any, the loop over its scores unrolled; the difference,
 divided by the scores that a thread has of each tile, is the function's.  Counts are those of one version of NVRTC: by
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what the checkout around this file compiles
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the checkout around this file compiles
 
 import numpy as np
 
@@ -118,14 +118,14 @@ def is_up_to_date(text: str) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write the table of docs/score_mod.md.")
+    parser = argparse.ArgumentParser(description="Write the table of docs/howto/score_mod.md.")
     parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
     given = parser.parse_args(arguments)
     text = PAGE.read_text(encoding="utf-8")
     if not given.check:
         PAGE.write_text(rewritten(text, table()), encoding="utf-8")
     elif not is_up_to_date(text):
-        print("docs/score_mod.md is out of date: run `python docs/score_mod.py`", file=sys.stderr)
+        print("docs/howto/score_mod.md is out of date: run `python docs/howto/score_mod.py`", file=sys.stderr)
         return 1
     return 0
 
