@@ -389,7 +389,7 @@ def trace_mod(function: Callable[..., Any], *, dtype: npt.DTypeLike = np.float32
     """Shows what becomes of a score_mod or mask_mod in a kernel.
 
         >>> print(trace_mod(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx).expression)
-        (kv_idx <= q_idx)
+        kv_idx <= q_idx
 
     Parameters
     ----------

@@ -118,6 +118,7 @@ def test_wheel_metadata(wheel: Path) -> None:
         "examples",
         "models",
         "bench",
+        "docs",
         "dev",
     }
 
