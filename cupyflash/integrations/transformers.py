@@ -70,8 +70,8 @@ def register(name: str = NAME, *, backend: str | None = None) -> str:
 
     Examples
     --------
-    >>> from transformers import AutoModelForCausalLM                                             # doctest: +SKIP
-    >>> model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=register())      # doctest: +SKIP
+    >>> from transformers import AutoModelForCausalLM  # doctest: +SKIP
+    >>> model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=register())  # doctest: +SKIP
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a str, but was {name!r}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import configparser
 import doctest
+import functools
 import importlib.util
 import os
 import re
@@ -131,12 +132,22 @@ def check_command(words: list[str], folder: Path) -> str | None:
     if first == "gdb":
         for word in rest:
             assert "/" not in word or word.startswith("/") or (ROOT / word).is_file(), f"{shown}: there is no {word}"
-        if not shutil.which("gdb"):
+        if why_no_gdb():
             return None
         words = [sys.executable if word == "python" else word for word in words]
         return _run(words, environment, ROOT)
     assert first in FREE, f"{shown}: nobody checks this command"
     return None
+
+
+@functools.cache
+def why_no_gdb() -> str:
+    """Why gdb can't run a program here; empty if it can."""
+    if shutil.which("gdb") is None or shutil.which("g++") is None:
+        return "gdb or g++ is not installed"
+    words = ["gdb", "-q", "-batch", "-ex", "run", "--args", "true"]
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", timeout=60, check=False)
+    return "" if "exited normally" in done.stdout else "gdb may not trace a program here"
 
 
 def _check_module(module: str, rest: list[str], environment: dict[str, str], shown: str) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cupyflash.backends import registry
 from tests.examples import documents
 from tests.examples.documents import ROOT, pages, read
 from tests.examples.test_readme import run_blocks
@@ -31,20 +32,32 @@ def with_language(*languages: str, excerpts: bool = False) -> list[str]:
 
 
 @pytest.mark.parametrize("page", with_language("python", "pycon"))
-def test_python_runs_and_comments_hold(page: str, request: pytest.FixtureRequest) -> None:
+def test_python_runs_and_comments_hold(
+    page: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = read(page)
+    monkeypatch.setattr(registry, "_backends", dict(registry._backends))  # pages may register others
     for library in sorted(documents.imported(text)):
         pytest.importorskip(library, reason=f"{library} is not installed")
     if re.search(r'backend="emulator"|backends\.emulator', text):
         request.getfixturevalue("cxx")
+    if "import cupy\n" in text:
+        request.getfixturevalue("math_on_cuda")  # on the stand-in
     run_blocks(text, page)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", with_language("", "sh"))
 def test_commands_work(page: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if "python -m cupyflash kernels" in read(page):
+    text = read(page)
+    if "python -m cupyflash kernels" in text:
         request.getfixturevalue("nvrtc")
+    sessions = [block for block in pages.blocks(text) if block.language == "sh" and "gdb " in block.text]
+    if sessions:
+        request.getfixturevalue("cxx")
     assert documents.check_commands(page, tmp_path) > 0
+    if sessions and (reason := documents.why_no_gdb()):
+        pytest.skip(f"{reason}: its sessions were not run, only their files looked for")
 
 
 @pytest.mark.parametrize("page", with_language(excerpts=True))
