@@ -41,7 +41,7 @@ def materialize(
     """Attention as one writes it in NumPy: the formula, line by line, with all scores at once.
 
     16-bit operands are computed in float32, and bool masks are `np.where(mask, scores, -np.inf)`.  Working in place and
-    dividing after the product with V makes it up to 4.5 times as fast (see the README); this is what people write.
+    dividing after the product with V makes it up to 4.5 times as fast (docs/performance.md); this is what people write.
     """
     dtype = query.dtype
     compute = np.float64 if dtype == np.float64 else np.float32

@@ -12,7 +12,7 @@ Before it is timed, each result is checked: some rows of it, against the float64
 `cupyflash.testing`.  Extra memory is what the first call of a fresh process allocates at its peak besides the
 result, as tracemalloc sees it; PyTorch's allocations it does not see.
 
-A complete run writes benchmarks/results/cpu-<machine>.json and .png; `tables.py` puts them into the README.
+A complete run writes benchmarks/results/cpu-<machine>.json and .png; `tables.py` puts them into the docs.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ Last comes the host: the time until a call of small operands returns to Python, 
 the time of replaying it as a graph.
 
 benchmarks/results/gpu-<device>.json is rewritten after each case, and at the end a plot is laid beside it; `tables.py`
-puts them into the README, `roofline.py --results` compares them with what the pipes would allow.
+puts them into the docs, `roofline.py --results` compares them with what the pipes would allow.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ A sample is a run of calls, each with arrays of its own that were made before; a
 per call.  A loop over growing lengths never repeats a length.  The rows of the first call are each one call of a fresh
 process, NumPy and cupyflash imported: with an empty cache of compiled kernels, and with a filled one.
 
-A complete run writes benchmarks/results/overhead-<machine>.json; `tables.py` puts it into the README.
+A complete run writes benchmarks/results/overhead-<machine>.json; `tables.py` puts it into the docs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Write the README's tables: performance from the results in benchmarks/results, kernels from the plan's tiles.
+"""Write the tables of the README and the docs: performance from benchmarks/results, kernels from the plan's tiles.
 
-    python benchmarks/tables.py            rewrites README.md between its markers
-    python benchmarks/tables.py --check    says whether it is up to date: exit status 0 or 1
+    python benchmarks/tables.py            rewrites the pages between their markers
+    python benchmarks/tables.py --check    says whether they are up to date: exit status 0 or 1
 
-A table stands between `<!-- generated: NAME -->` and `<!-- end: NAME -->`; the names are keys of `TABLES`.
+A table stands between `<!-- generated: NAME -->` and `<!-- end: NAME -->`; the names are keys of `TABLES`, and each has
+a place on one of `PAGES`.
 """
 
 from __future__ import annotations
@@ -22,10 +23,19 @@ Report: TypeAlias = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the kernels of the checkout around this file
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/performance.md", "docs/kernels.md")
 MARKED = re.compile(r"(?P<start><!-- generated: (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end: (?P=name) -->)", re.DOTALL)
 MARKER = re.compile(r"<!-- (?:generated|end): ([\w-]+) -->")
 NOT_MEASURED = "Not measured yet.\n"
 OTHERS = {"numpy": "vs materialising NumPy", "torch": "vs PyTorch"}
+#: Of all cases, those that the README shows.
+HIGHLIGHTS = (
+    "dense 2×8×2048×64",
+    "causal 2×8×2048×64",
+    "bool mask 1×1×16384×64",
+    "sliding window 512 1×8×4096×64",
+    "GQA decode 8×32/8×1×128, S = 8192",
+)
 GPU_OTHERS = {"cudnn": "vs cuDNN", "flash": "vs FlashAttention-2", "efficient": "vs memory-efficient"}
 HOST_COLUMNS = {
     "cupyflash": "cupyflash",
@@ -40,8 +50,14 @@ def load_reports(kind: str, folder: Path = RESULTS) -> list[Report]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{kind}-*.json"))]
 
 
-def performance_table(reports: Sequence[Report]) -> str:
-    """Case, time, ratio to each of the others, extra memory of ours and of materialising."""
+def performance_table(reports: Sequence[Report], only: Sequence[str] = ()) -> str:
+    """Case, time, ratio to each of the others, extra memory of ours and of materialising; of some cases, or of all."""
+    if only:
+        known = {row["name"] for report in reports for row in report["results"]}
+        if reports and not known.issuperset(only):
+            raise ValueError(f"no result has the name of {sorted(set(only) - known)}")
+        kept = [[row for row in report["results"] if row["name"] in only] for report in reports]
+        reports = [{**report, "results": rows} for report, rows in zip(reports, kept, strict=True)]
 
     def cells(row: Report) -> list[str]:
         return [
@@ -287,6 +303,7 @@ def format_bytes(size: int | None) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "cpu-performance": lambda: performance_table(load_reports("cpu")),
+    "cpu-highlights": lambda: performance_table(load_reports("cpu"), HIGHLIGHTS),
     "cpu-features": lambda: feature_table(load_reports("cpu")),
     "overhead": lambda: overhead_table(load_reports("overhead")),
     "gpu-performance": lambda: gpu_table(load_reports("gpu")),
@@ -296,37 +313,41 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def rewrite(text: str) -> str:
-    """The README's text with every table as it should be.
+def rewrite(text: str, page: str = "README.md") -> str:
+    """A page's text with every table as it should be.
 
-    Raises ValueError where a marker has an unknown name or lacks its other half, and where a table that must
-    be there has no place.
+    Raises ValueError where a marker has an unknown name or lacks its other half.
     """
-    tables = {name: make() for name, make in TABLES.items()}
-    places = MARKED.findall(text)
-    names = [name for _, name, _ in places]
+    names = marked(text)
     if sorted(MARKER.findall(text)) != sorted(names * 2):
-        raise ValueError(f"README.md: markers {MARKER.findall(text)} are not pairs of a start and an end")
-    if unknown := set(names) - set(tables):
-        raise ValueError(f"README.md: markers name {sorted(unknown)}, expected some of {sorted(tables)}")
-    if lacking := {"cpu-performance", "gpu-performance"} - set(names):
-        raise ValueError(f"README.md: no place is marked for {sorted(lacking)}: `<!-- generated: NAME -->`")
-    return MARKED.sub(lambda place: place["start"] + "\n" + tables[place["name"]] + "\n" + place["end"], text)
+        raise ValueError(f"{page}: markers {MARKER.findall(text)} are not pairs of a start and an end")
+    if unknown := set(names) - set(TABLES):
+        raise ValueError(f"{page}: markers name {sorted(unknown)}, expected some of {sorted(TABLES)}")
+    return MARKED.sub(lambda place: f"{place['start']}\n{TABLES[place['name']]()}\n{place['end']}", text)
+
+
+def marked(text: str) -> list[str]:
+    """The names of the tables that a page has."""
+    return [found["name"] for found in MARKED.finditer(text)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write the README's performance tables.")
-    parser.add_argument("--check", action="store_true", help="only say whether README.md is up to date")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description="Write the tables of the README and the docs.")
+    parser.add_argument("--check", action="store_true", help="only say whether the pages are up to date")
+    parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    text = given.readme.read_text(encoding="utf-8")
-    wanted = rewrite(text)
-    if given.check and wanted != text:
-        print(f"{given.readme.name} is out of date: run `python benchmarks/tables.py`", file=sys.stderr)
-        return 1
-    if not given.check:
-        given.readme.write_text(wanted, encoding="utf-8")
-    return 0
+    texts = {page: (given.root / page).read_text(encoding="utf-8") for page in PAGES}
+    names = sorted(name for text in texts.values() for name in marked(text))
+    if names != sorted(TABLES):
+        raise ValueError(f"{', '.join(PAGES)} mark {names}, expected each of {sorted(TABLES)} once")
+    wanted = {page: rewrite(text, page) for page, text in texts.items()}
+    stale = [page for page in PAGES if wanted[page] != texts[page]]
+    for page in stale:
+        if given.check:
+            print(f"{page} is out of date: run `python benchmarks/tables.py`", file=sys.stderr)
+        else:
+            (given.root / page).write_text(wanted[page], encoding="utf-8")
+    return int(bool(stale) and given.check)
 
 
 if __name__ == "__main__":

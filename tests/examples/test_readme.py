@@ -269,14 +269,42 @@ def test_tables_are_made_from_results(tables: ModuleType, tmp_path: Path, monkey
     assert tables.rewrite(made) == made
 
 
-def test_check_tells_old_from_new(tables: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "README.md"
-    path.write_text(MARKED, encoding="utf-8")
-    assert tables.main(["--check", "--readme", str(path)]) == 1
-    assert "out of date" in capsys.readouterr().err
-    assert path.read_text(encoding="utf-8") == MARKED
-    assert tables.main(["--readme", str(path)]) == 0
-    assert tables.main(["--check", "--readme", str(path)]) == 0
+@pytest.fixture
+def pages_of_tables(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A root whose pages have the marks of all tables between them, and no tables yet; these are short."""
+    monkeypatch.setattr(tables, "TABLES", {name: lambda name=name: f"| {name} |\n" for name in tables.TABLES})
+    (tmp_path / "docs").mkdir()
+    names = list(tables.TABLES)
+    for index, page in enumerate(tables.PAGES):
+        marks = (f"<!-- generated: {name} -->\n<!-- end: {name} -->\n" for name in names[index :: len(tables.PAGES)])
+        (tmp_path / page).write_text("".join(marks), encoding="utf-8")
+    return tmp_path
+
+
+def test_check_tells_old_from_new(
+    tables: ModuleType, pages_of_tables: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = ["--root", str(pages_of_tables)]
+    before = [(pages_of_tables / page).read_text(encoding="utf-8") for page in tables.PAGES]
+    assert tables.main(["--check", *root]) == 1
+    said = capsys.readouterr().err
+    assert all(f"{page} is out of date" in said for page in tables.PAGES)
+    assert [(pages_of_tables / page).read_text(encoding="utf-8") for page in tables.PAGES] == before
+    assert tables.main(root) == 0
+    assert tables.main(["--check", *root]) == 0
+
+
+@pytest.mark.parametrize("text", ["nothing", "<!-- generated: kernels -->\n<!-- end: kernels -->\n" * 2])
+def test_each_table_has_one_place(tables: ModuleType, pages_of_tables: Path, text: str) -> None:
+    (pages_of_tables / tables.PAGES[1]).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="expected each of"):
+        tables.main(["--root", str(pages_of_tables)])
+
+
+def test_highlights_are_some_of_the_cases(tables: ModuleType) -> None:
+    assert tables.performance_table([REPORT], ["dense"]).count("\n| ") == 2  # and the line under the heading
+    with pytest.raises(ValueError, match=r"\['sparse'\]"):
+        tables.performance_table([REPORT], ["sparse"])
 
 
 @pytest.mark.parametrize(
@@ -284,7 +312,6 @@ def test_check_tells_old_from_new(tables: ModuleType, tmp_path: Path, capsys: py
     [
         (MARKED.replace("<!-- end: cpu-features -->", ""), "not pairs"),
         (MARKED.replace("cpu-features", "tpu"), r"\['tpu'\]"),
-        ("nothing", "no place is marked for"),
     ],
 )
 def test_markers_must_be_right(tables: ModuleType, text: str, message: str) -> None:
