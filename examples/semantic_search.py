@@ -56,7 +56,7 @@ QUERIES = (
     "can I run the kernels without a graphics card?",
     "finding data races and deadlocks",
 )
-PAGES = ("*.md", "docs/*.md", "kernels_cu/**/*.md")  # of this repository
+PAGES = ("*.md", "docs/*.md", "docs/howto/*.md", "kernels_cu/**/*.md")  # of this repository
 TEXTS = ("**/*.md", "**/*.rst", "**/*.txt")  # of another folder
 
 # A passage ends at the first blank line or line of a table after ENOUGH words, and after MOST words wherever it is.

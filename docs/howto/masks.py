@@ -21,7 +21,7 @@ import cupyflash
 PAGE = Path(__file__).with_suffix(".md")
 
 INTRODUCTION = """\
-# Masks, drawn
+# Masks and windows
 
 Rows are queries, columns keys; 1 where the key takes part. Each matrix is where
 `attention_weights(query, key, stage="biased", …)` is not -inf, for 4 queries and 6 keys, so it shows what the code does
@@ -92,6 +92,23 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 
 
+CONCLUSION = """\
+## Which one to take
+
+The first of these that says what you mean:
+
+| mask | what it takes | what it saves |
+|---|---|---|
+| `is_causal`, `window`, `align` | two numbers | tiles that nobody sees are not visited, on every backend but `math` |
+| `attn_mask`, bool | a byte for each element *as you give it*: a padding mask (B, 1, 1, S) stays one row for each text | kernels skip tiles \
+in which no key takes part |
+| `mask_mod` | no array; it is asked for tiles of positions | kernels skip such tiles too ([how](score_mod.md#what-a-mask-saves)) |
+| `attn_mask`, float | an addition for each score; −inf removes | nothing: it is read everywhere |
+
+A query that is left without any key gives 0, weights of 0 and a log-sum-exp of −inf, not NaN.
+"""
+
+
 def matrix(call: str, seqlen_q: int) -> list[str]:
     """The rows of what a call lets take part."""
     namespace: dict[str, Any] = {}
@@ -128,7 +145,7 @@ def page() -> str:
     parts = [INTRODUCTION, f"```python\n{SETUP}```\n"]
     for title, text, calls in SECTIONS:
         parts.append(f"## {title}\n\n{text}\n\n```text\n{drawing(calls, 1 if title == 'Decoding' else 4)}\n```\n")
-    return "\n".join(parts)
+    return "\n".join([*parts, CONCLUSION])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
