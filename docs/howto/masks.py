@@ -100,9 +100,10 @@ The first of these that says what you mean:
 | mask | what it takes | what it saves |
 |---|---|---|
 | `is_causal`, `window`, `align` | two numbers | tiles that nobody sees are not visited, on every backend but `math` |
-| `attn_mask`, bool | a byte for each element *as you give it*: a padding mask (B, 1, 1, S) stays one row for each text | kernels skip tiles \
-in which no key takes part |
-| `mask_mod` | no array; it is asked for tiles of positions | kernels skip such tiles too ([how](score_mod.md#what-a-mask-saves)) |
+| `attn_mask`, bool | a byte for each element *as you give it*: padding (B, 1, 1, S) stays one row for each text \
+| kernels skip tiles in which no key takes part |
+| `mask_mod` | no array; it is asked for tiles of positions \
+| kernels skip such tiles too ([how](score_mod.md#what-a-mask-saves)) |
 | `attn_mask`, float | an addition for each score; −inf removes | nothing: it is read everywhere |
 
 A query that is left without any key gives 0, weights of 0 and a log-sum-exp of −inf, not NaN.
