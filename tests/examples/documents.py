@@ -5,6 +5,8 @@ is a session, and runs as a doctest in that namespace.  `sh`, or no language at 
 what each kind must fulfil; those of `python -m cupyflash` and gdb run, and a `text` block right behind one of these is
 what it prints, with … for anything.  `text` elsewhere is a picture, a formula or output.  Any other language is an
 excerpt: its first line is a comment with the path of a file, and the rest stands in that file as it is here.
+
+A page that is written by a script which runs its blocks itself says so: `<!-- run by docs/SCRIPT.py -->`.
 """
 
 from __future__ import annotations
@@ -46,6 +48,17 @@ pages = load_script("docs/pages.py")
 
 def read(page: str) -> str:
     return (ROOT / page).read_text(encoding="utf-8")
+
+
+def runner_of(text: str) -> str | None:
+    """The script that runs a page's Python, if it says that there is one; AssertionError if there is none."""
+    found = re.search(r"^<!-- run by (\S+) -->$", text, re.MULTILINE)
+    if found is None:
+        return None
+    script = ROOT / found[1]
+    assert script.is_file(), f"there is no {found[1]}"
+    assert "--check" in script.read_text(encoding="utf-8"), f"{found[1]} has no --check"
+    return found[1]
 
 
 def imported(text: str) -> set[str]:
@@ -106,7 +119,7 @@ def check_command(words: list[str], folder: Path) -> str | None:
     shown = shlex.join(words)
     first, rest = words[0], words[1:]
     if first in ("python", "python3") and rest[0] == "-m":
-        return _check_module(rest[1], rest[2:], environment, shown)
+        return _check_module(rest[1], rest[2:], environment, folder, shown)
     if first in ("python", "python3"):
         script = ROOT / rest[0]
         assert script.is_file(), f"{shown}: there is no such file"
@@ -150,9 +163,9 @@ def why_no_gdb() -> str:
     return "" if "exited normally" in done.stdout else "gdb may not trace a program here"
 
 
-def _check_module(module: str, rest: list[str], environment: dict[str, str], shown: str) -> str | None:
+def _check_module(module: str, rest: list[str], environment: dict[str, str], folder: Path, shown: str) -> str | None:
     if module == "cupyflash" or "--dry-run" in rest:
-        return _run([sys.executable, "-m", module, *rest], environment, ROOT)
+        return _run([sys.executable, "-m", module, *rest], environment, folder)
     if module == "mkdocs":  # of the extra docs
         return None
     assert importlib.util.find_spec(module), f"{shown}: there is no module {module}"

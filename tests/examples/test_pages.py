@@ -31,7 +31,9 @@ def with_language(*languages: str, excerpts: bool = False) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("page", with_language("python", "pycon"))
+@pytest.mark.parametrize(
+    "page", [page for page in with_language("python", "pycon") if documents.runner_of(read(page)) is None]
+)
 def test_python_runs_and_comments_hold(
     page: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +153,13 @@ def test_excerpts_are_compared() -> None:
         documents.check_excerpt("# Makefile\nno such line\n")
     with pytest.raises(AssertionError, match="names its file"):
         documents.check_excerpt("int x;\n")
+
+
+def test_who_runs_a_page_is_said_in_it() -> None:
+    assert documents.runner_of("# A\n\n```python\n1\n```\n") is None
+    assert documents.runner_of("# A\n\n<!-- run by docs/explain.py -->\n") == "docs/explain.py"
+    with pytest.raises(AssertionError, match=r"there is no docs/none\.py"):
+        documents.runner_of("<!-- run by docs/none.py -->\n")
 
 
 def test_sessions_run(tmp_path: Path) -> None:
