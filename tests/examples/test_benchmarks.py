@@ -150,5 +150,7 @@ def test_every_call_of_the_overhead_has_other_lengths(bench: ModuleType) -> None
     overhead = importlib.import_module("bench_overhead")
     for row in overhead.ROWS:
         calls = row.calls(overhead.Array)
-        lengths = [next(calls)["key"].shape[-2] for _ in range(5)]
-        assert len(set(lengths)) == (1 if row.calls in (overhead.same, overhead.modded) else 5)
+        keys = [next(calls)["key"] for _ in range(5)]
+        is_repeated = row.calls in (overhead.same, overhead.modded, overhead.elsewhere)
+        assert len({key.shape[-2] for key in keys}) == (1 if is_repeated else 5)
+        assert len({key.data.ptr for key in keys}) == (5 if row.calls is overhead.elsewhere else 1)
