@@ -152,7 +152,8 @@ class _Kernel:
     ) -> None:
         assert Device.current in self._shared_limits, "the limit is per device"
         assert shared_mem <= self.max_dynamic_shared_size_bytes
-        assert all(isinstance(block, np.void) for block in args)  # structures by value
+        # Structures by value: in CuPy 14.0 a scalar of more than 32 bytes fails an assertion.
+        assert all(isinstance(one, np.ndarray) and one.size == 1 and one.dtype.names is None for one in args)
         params, mods = args[0].tobytes(), b"".join(block.tobytes() for block in args[1:])
         launch = Launch(
             self._name, self._cubin, grid, block, params, mods, shared_mem, Device.current, self._gpu.stream

@@ -99,7 +99,10 @@ def _run(cupy: Any, device_id: int, launch: Launch, args: tuple[np.void, ...], l
     if level:
         show_launch(launch, args, arch_for(launch.spec, device_spec(cupy, device_id)), level)
     kernel = _kernel(cupy, launch.spec, device_id)
-    kernel(launch.grid, launch.block, args, shared_mem=launch.shared_bytes)
+    # By value CuPy takes arrays of one element: its scalars end at 32 bytes before 14.1. Without fields, which it would
+    # list at every launch.
+    blocks = tuple([np.frombuffer(block, f"V{block.nbytes}") for block in args])
+    kernel(launch.grid, launch.block, blocks, shared_mem=launch.shared_bytes)
 
 
 def _why_no_compiler() -> list[str]:
