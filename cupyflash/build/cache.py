@@ -42,11 +42,21 @@ _ABANDONED_SECONDS = 24 * 3600.0
 
 
 def default_folder() -> Path:
-    """``$CUPYFLASH_CACHE``, else ``$XDG_CACHE_HOME/cupyflash``, else ``~/.cache/cupyflash``."""
+    """``$CUPYFLASH_CACHE``, else ``$XDG_CACHE_HOME/cupyflash``, else ``~/.cache/cupyflash``.
+
+    Raises
+    ------
+    OSError
+        nobody says where the home folder is: a container that runs as a user it does not know.
+    """
     if explicit := os.environ.get("CUPYFLASH_CACHE"):
         return Path(explicit)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "cupyflash"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "cupyflash"
+    try:
+        return Path.home() / ".cache" / "cupyflash"
+    except RuntimeError as error:
+        raise FileNotFoundError(f"HOME is not set, and the system knows no home folder of yours ({error})") from error
 
 
 def digest(*parts: str | bytes) -> str:
@@ -83,8 +93,7 @@ class Cache:
         self.folder = Path(folder) if folder is not None else default_folder()
         self.max_bytes = max_bytes
         self._bytes_to_eviction = 0
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _require_private(self.folder)
+        self._make_folder()
 
     def get(self, key: str, build: Callable[[Path], None]) -> Path:
         """The entry's folder, built if it is not there.
@@ -104,6 +113,8 @@ class Cache:
         entry = self.folder / key
         if self._use(entry):
             return entry
+        if not self.folder.exists():  # somebody emptied the caches while this process ran
+            self._make_folder()
         with self._lock(key):
             if self._use(entry):  # built while this process waited
                 return entry
@@ -119,6 +130,10 @@ class Cache:
             self._evict_now_and_then(entry)
         return entry
 
+    def _make_folder(self) -> None:
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_private(self.folder)
+
     def _use(self, entry: Path) -> bool:
         """True if the entry is there and whole, and marks it as just used."""
         if not _is_whole(entry):
@@ -127,6 +142,8 @@ class Cache:
             os.utime(entry)
         except FileNotFoundError:  # evicted by another process in this moment
             return False
+        except OSError:  # a file system that can't be written: what is there serves
+            pass
         return True
 
     def _install(self, made: Path, entry: Path) -> None:
@@ -200,18 +217,24 @@ def default_cache() -> Cache:
     OSError
         ``$CUPYFLASH_CACHE`` is set and cannot be used; see `Cache`.
     """
-    return _default_cache(default_folder(), "CUPYFLASH_CACHE" in os.environ)
+    folder = None
+    with contextlib.suppress(OSError):  # without a folder `Cache` will say why
+        folder = default_folder()
+    return _default_cache(folder, bool(os.environ.get("CUPYFLASH_CACHE")))
 
 
 @lru_cache(maxsize=8)
-def _default_cache(folder: Path, is_chosen: bool) -> Cache:
+def _default_cache(folder: Path | None, is_chosen: bool) -> Cache:
     try:
-        return Cache(folder)
+        cache = Cache(folder)
+        if not is_chosen and not os.access(cache.folder, os.W_OK):
+            raise PermissionError(f"{cache.folder} can't be written")
+        return cache
     except OSError as error:
         if is_chosen:
             raise
         temporary = tempfile.mkdtemp(prefix="cupyflash-")
-        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        atexit.register(_remove_of, os.getpid(), temporary)
         warnings.warn(
             f"compiled kernels are kept only until this process ends: {error}; "
             "set CUPYFLASH_CACHE to a folder of your own",
@@ -219,6 +242,11 @@ def _default_cache(folder: Path, is_chosen: bool) -> Cache:
             stacklevel=2,
         )
         return Cache(temporary)
+
+
+def _remove_of(process: int, folder: str) -> None:
+    if os.getpid() == process:  # not at the end of a child of fork
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _require_private(folder: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
+import shutil
 import stat
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -218,3 +222,69 @@ def test_without_a_home(monkeypatch, tmp_path):
     monkeypatch.setenv("CUPYFLASH_CACHE", str(tmp_path / "file"))
     with pytest.raises(OSError, match="file"):
         default_cache()
+
+
+@posix
+def test_nobody_knows_the_home(monkeypatch):
+    """A container that runs as a user who is in no list, without HOME."""
+
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("CUPYFLASH_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+    with pytest.raises(OSError, match="HOME is not set"):
+        default_folder()
+    with pytest.warns(RuntimeWarning, match="kept only until this process ends: HOME is not set"):
+        cache = default_cache()
+    assert (cache.get("key", writer(b"here")) / "data").read_bytes() == b"here"
+
+
+def test_what_can_only_be_read_serves(tmp_path, monkeypatch):
+    Cache(tmp_path).get("key", writer(b"here"))
+
+    def read_only(*args: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", read_only)
+    assert (Cache(tmp_path).get("key", fail) / "data").read_bytes() == b"here"
+
+
+@posix
+def test_a_default_that_can_only_be_read(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUPYFLASH_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write everywhere
+    with pytest.warns(RuntimeWarning, match="kept only until this process ends: .*can't be written"):
+        assert default_cache().folder != default_folder()
+    monkeypatch.setenv("CUPYFLASH_CACHE", str(tmp_path / "chosen"))
+    assert default_cache().folder == tmp_path / "chosen"
+
+
+def test_a_folder_that_goes_away_comes_back(tmp_path):
+    cache = Cache(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+    assert (cache.get("key", writer(b"here")) / "data").read_bytes() == b"here"
+
+
+@posix
+def test_a_child_of_fork_leaves_the_temporary_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUPYFLASH_CACHE", raising=False)
+    (tmp_path / "file").touch()
+    code = f"""
+import os, sys, warnings
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+warnings.simplefilter("ignore")
+from cupyflash.build.cache import default_cache
+folder = default_cache().folder
+child = os.fork()
+if child == 0:
+    sys.exit()
+os.waitpid(child, 0)
+print(folder.exists(), folder)
+"""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "file")}
+    there, folder = subprocess.check_output([sys.executable, "-c", code], text=True, env=environment).split()
+    assert there == "True"
+    assert not Path(folder).exists()
