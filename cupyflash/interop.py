@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -218,6 +219,16 @@ class _TorchOnHost(_Torch):
         return self._torch.from_numpy(array)
 
 
+class _Stream:
+    """A stream of another library, by CUDA's stream protocol, which older ones lack."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
+
+
 class _TorchOnCuda(_Torch):
     """On torch's current stream, and with memory that torch allocates, for results and for what is only worked with.
 
@@ -228,13 +239,18 @@ class _TorchOnCuda(_Torch):
     def __init__(self, torch: Any, tensor: Any, cupy: Any) -> None:
         super().__init__(torch, tensor)
         self._cupy = cupy
-        self._made: dict[int, Any] = {}  # by address: what was allocated in this call
+        # By address: what was allocated in this call and is still in use.
+        self._made: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        cuda, index = self._cupy.cuda, self._device.index
-        stream = cuda.ExternalStream(self._torch.cuda.current_stream(self._device).cuda_stream, index)
-        with cuda.Device(index), stream, cuda.using_allocator(self._allocate):
+        cuda = self._cupy.cuda
+        stream = _Stream(self._torch.cuda.current_stream(self._device).cuda_stream)
+        with (
+            cuda.Device(self._device.index),
+            cuda.Stream.from_external(stream),
+            cuda.using_allocator(self._allocate),
+        ):
             yield
 
     def _allocate(self, size: int) -> Any:

@@ -127,6 +127,7 @@ class Gpu:
         assert pointer.mem.size == size
         assert pointer.mem.device_id == Device.current
         memory = (ctypes.c_byte * size).from_address(pointer.mem.ptr + pointer.offset)
+        memory.pointer = pointer  # type: ignore[attr-defined]  # arrays keep it, and it its owner
         return Array(np.frombuffer(memory, np.uint8).view(dtype).reshape(shape))
 
 
@@ -184,10 +185,15 @@ def _cuda(gpu: Gpu) -> types.SimpleNamespace:
             "l2CacheSize": spec.l2,
         }
 
+    def from_external(stream: Any) -> contextlib.AbstractContextManager[None]:
+        version, pointer = stream.__cuda_stream__()
+        assert version == 0
+        return gpu.on_stream(f"external {pointer:#x} of device {Device.current}")
+
     return types.SimpleNamespace(
         runtime=types.SimpleNamespace(getDeviceProperties=properties),
         Device=Device,
-        ExternalStream=lambda ptr, device_id=-1: gpu.on_stream(f"external {ptr:#x} of device {device_id}"),
+        Stream=types.SimpleNamespace(from_external=from_external),
         MemoryPointer=lambda mem, offset: types.SimpleNamespace(mem=mem, offset=offset),
         UnownedMemory=lambda ptr, size, owner, device_id=-1: types.SimpleNamespace(
             ptr=ptr, size=size, owner=owner, device_id=device_id

@@ -10,6 +10,7 @@ import inspect
 import subprocess
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -487,6 +488,25 @@ def test_torch_on_a_gpu_runs_on_its_stream_in_its_memory(fake_torch: Any, cupy: 
         np.testing.assert_array_equal(one.memory, other)
     # torch's own memory, all three
     assert sorted(fake_torch.allocated[:3]) == sorted(array.nbytes for array in expected)
+
+
+def test_what_is_only_worked_with_goes_back_to_torch_at_once(fake_torch: Any, cupy: Any) -> None:
+    made: list[weakref.ref[Any]] = []
+    empty = fake_torch.empty
+
+    def watched(*args: Any, **options: Any) -> FakeTensor:
+        tensor = empty(*args, **options)
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    def score_mod(score: Any, *where: Any) -> Any:
+        cupy.gpu.empty((1000,), np.float32)
+        assert made[-1]() is None
+        return score
+
+    fake_torch.empty = watched
+    attention(*map(FakeTensor, operands()), enable_gqa=True, score_mod=score_mod, backend="math")
+    assert len(made) == 2  # out, and what score_mod made
 
 
 def test_torch_on_a_gpu_launches_the_kernels_there(fake_torch: Any, cupy: Any, nvrtc: object) -> None:
