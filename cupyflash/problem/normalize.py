@@ -156,7 +156,7 @@ def normalize(
             "alibi_slopes": alibi_slopes,
             "sinks": sinks,
         }
-        check_out(out, returned_shape, query, inputs, xp)
+        check_out(out, returned_shape, query, inputs)
 
     empty = xp.empty if library == "numpy" else partial(_empty_on, query.device, xp)
     returned = empty(returned_shape, query.dtype) if out is None else out

@@ -110,3 +110,17 @@ def test_out_that_shares_memory_is_refused() -> None:
     query = Array(QUERY.copy())
     with pytest.raises(ValueError, match="out must not share memory with query"):
         cupyflash.attention(query, Array(QUERY), Array(QUERY), out=query, backend="math")
+
+
+def test_out_between_the_inputs_of_one_allocation() -> None:
+    """Neighbours in packed memory are told apart where they lie: nothing is asked of the device."""
+    packed = np.zeros((9, 4, 2, 8), np.float32)
+    packed[:, :3] = RNG.standard_normal((9, 3, 2, 8))
+    query, key, value, out = (Array(packed[:, i].swapaxes(0, 1)) for i in range(4))
+    assert cupyflash.attention(query, key, value, out=out, backend="math") is out
+    expected = cupyflash.attention(*(packed[:, i].swapaxes(0, 1) for i in range(3)), backend="math")
+    np.testing.assert_array_equal(out.memory, expected)
+    for start, name in ((40, "value"), (56, "query")):
+        moved = Array(np.lib.stride_tricks.as_strided(packed.reshape(-1)[start:], (2, 5, 8), (32, 256, 4)))
+        with pytest.raises(ValueError, match=f"out must not share memory with {name}"):
+            cupyflash.attention(Array(query.memory[:, :5]), key, value, out=moved, backend="math")
