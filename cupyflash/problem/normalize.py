@@ -85,7 +85,7 @@ def normalize(
             value = array_like_query("value", value, query)
     dtype = common_dtype(query, key, value)
 
-    is_plain = attn_mask is None and alibi_slopes is None and sinks is None and out is None
+    is_plain = attn_mask is None and alibi_slopes is None and sinks is None and out is None and seed is None
     float_mask, bool_mask = (None, None) if attn_mask is None else split_mask(attn_mask, query, dtype)
     if alibi_slopes is not None:
         alibi_slopes = array_like_query("alibi_slopes", alibi_slopes, query)
@@ -143,7 +143,8 @@ def normalize(
         bool_mask = bool_mask.reshape(_mask_shape(bool_mask.shape, described, problem))
     xp = problem.namespace
     if library != "numpy" and not (is_plain and query.device == key.device == value.device):
-        check_devices(query, key, value, float_mask, bool_mask, alibi_slopes, sinks, out)
+        seed_array = None if isinstance(seed, int) else seed
+        check_devices(query, key, value, float_mask, bool_mask, alibi_slopes, sinks, out, seed_array)
     if seed is None and problem.dropout_p:
         seed = int(np.random.randint(0, 2**64, dtype=np.uint64))  # noqa: NPY002, so that np.random.seed decides
     if out is not None:

@@ -104,6 +104,9 @@ def test_arrays_on_different_devices_are_refused() -> None:
     elsewhere = cupy_stand_in.ArrayElsewhere(QUERY)
     with pytest.raises(ValueError, match="all arrays must be on query's device"):
         cupyflash.attention(Array(QUERY), elsewhere, Array(QUERY), backend="math")
+    seed = cupy_stand_in.ArrayElsewhere(np.array([7], np.uint64))
+    with pytest.raises(ValueError, match="all arrays must be on query's device"):
+        cupyflash.attention(*[Array(QUERY)] * 3, dropout_p=0.5, seed=seed, backend="math")
 
 
 def test_out_that_shares_memory_is_refused() -> None:
