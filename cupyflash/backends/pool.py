@@ -6,6 +6,7 @@ and many threads may call at once, and none can wait for a helper that never com
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -95,7 +96,12 @@ def run_jobs(function: Callable[[Job], None], jobs: Iterable[Job], workers: int)
                 failures.append(error)
                 raise
 
-    helpers = [_submit(work, workers - 1) for _ in range(workers - 1)]
+    helpers = []
+    # No thread is started any more once the interpreter ends (calls from atexit), nor beyond the system's limit: then
+    # the caller does it all.
+    with contextlib.suppress(RuntimeError):
+        for _ in range(workers - 1):
+            helpers.append(_submit(work, workers - 1))
     try:
         work()
     finally:

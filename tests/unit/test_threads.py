@@ -352,3 +352,21 @@ def test_the_number_of_threads_does_not_change_the_bits(monkeypatch: pytest.Monk
         monkeypatch.setenv("CUPYFLASH_NUM_THREADS", number)
         results.append([as_bytes(cupyflash.attention(**CASES[name].arguments(), backend="numpy")) for name in BUSY])
     assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("before", ["", "cupyflash.attention(x, x, x)"], ids=["first call", "after a call"])
+def test_a_call_while_the_interpreter_ends(before: str) -> None:
+    """When no thread can be started any more."""
+    code = f"""
+import atexit, sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+import cupyflash
+x = np.ones((1, 8, 1024, 64), np.float32)
+atexit.register(lambda: print(np.allclose(cupyflash.attention(x, x, x), 1)))
+{before}
+"""
+    environment = {**os.environ, "CUPYFLASH_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", code, str(Path(__file__).parents[2])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert (done.stdout, done.stderr) == ("True\n", "")
