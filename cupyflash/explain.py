@@ -146,9 +146,9 @@ def _device(device: str | DeviceSpec) -> DeviceSpec:
 def _device_of(backend: str, problem: Problem, buffers: Buffers) -> DeviceSpec | None:
     """What a backend's kernels run on; None if it has none, or no arrays on one."""
     if backend == "emulator":
-        from .plan.device import EMULATOR
+        from .backends.emulated import chosen_device
 
-        return EMULATOR
+        return chosen_device()
     if backend == "cuda" and problem.library == "cupy":
         from .backends.cuda import device_spec
 

@@ -35,7 +35,7 @@ from ..problem.problem import Buffers, Problem
 from .emulator import Function, Module, Options
 from .tensormap import emulated_map
 
-__all__ = ["EmulatorBackend", "device_from", "options_from"]
+__all__ = ["EmulatorBackend", "chosen_device", "device_from", "options_from"]
 
 _ENVIRONMENT = "CUPYFLASH_EMULATOR"
 
@@ -52,8 +52,7 @@ class EmulatorBackend:
     def run(self, problem: Problem, buffers: Buffers) -> None:
         """See `cupyflash.backends.registry.Backend`."""
         mods = trace_mods(problem, buffers)
-        device = device_from(os.environ.get(_ENVIRONMENT, ""))
-        plan = plan_of(problem, buffers, device, mods and mods.structure)
+        plan = plan_of(problem, buffers, chosen_device(), mods and mods.structure)
         operands = prepare(problem, plan, buffers, _address, mods, emulated_map)
         for launch, args in launches(problem, plan, operands):
             _run(launch, args)
@@ -117,6 +116,11 @@ def options_from(text: str) -> Options:
             )
         chosen[name] = value if kind is str else kind(int(value))
     return Options(**chosen)
+
+
+def chosen_device() -> DeviceSpec:
+    """The device whose plan is run, as the environment says."""
+    return device_from(os.environ.get(_ENVIRONMENT, ""))
 
 
 def device_from(text: str) -> DeviceSpec:

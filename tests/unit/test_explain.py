@@ -55,6 +55,12 @@ def test_the_plan_is_that_of_the_backend(device: str, lengths: tuple[int, int]) 
     assert [c.spec for c in found.candidates if not c.reasons and not c.behind] == [spec]
 
 
+def test_the_emulators_device_is_the_one_that_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUPYFLASH_EMULATOR", "device=T4,seed=3")
+    x = half(2, 7, 64)
+    assert explain(x, x, x, backend="emulator").device == DEVICES["T4"]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_copies_are_those_that_are_made(layout: str) -> None:
     key = LAYOUTS[layout](np.zeros((2, 3, 5, 64), np.float16))
