@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .api import attention
 from .errors import Unsupported
+from .interop import NATIVE, is_foreign, read_all
 from .problem.normalize import normalize
 from .problem.problem import Problem
 
@@ -77,7 +78,7 @@ def tune(*args: Any, **kwargs: Any) -> Tuning:
     Parameters
     ----------
     *args, **kwargs
-        The arguments of `attention`, with CuPy arrays.  `out` is overwritten.
+        The arguments of `attention`, with arrays on a GPU.  `out` is overwritten.
 
     Returns
     -------
@@ -120,6 +121,8 @@ def tune(*args: Any, **kwargs: Any) -> Tuning:
     name = arguments.pop("backend", None)
     if name not in (None, "cuda"):
         raise ValueError(f'tune times the kernels of backend "cuda", but backend was {name!r}')
+    if type(arguments["query"]) not in NATIVE and is_foreign(arguments["query"]):
+        arguments = read_all(arguments)
     if arguments.get("seed") is None:
         arguments["seed"] = 0  # one that is drawn would move the caller's generator on
     problem, buffers = normalize(**arguments)

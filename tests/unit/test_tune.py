@@ -149,6 +149,30 @@ def test_the_fastest_is_used_from_now_on(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
 
 
+class Foreign:
+    """An array of another library on the GPU."""
+
+    __dlpack__ = None  # as all such arrays it has one; the stand-in for CuPy does not call it
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+    def __array_namespace__(self) -> Any:
+        return SimpleNamespace(from_dlpack=Foreign)
+
+
+def test_arrays_of_other_libraries_are_timed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = install(monkeypatch, small_is_fast)
+    module = sys.modules["cupy"]
+    monkeypatch.setattr(module, "from_dlpack", lambda array: array.array)
+    found = cupyflash.tune(*map(Foreign, arrays()), is_causal=True)
+    assert str(found.chosen) == "fwd_sm80-f16-d64-m64n64w4-causal"
+    assert launched(clock, *arrays(), is_causal=True) == [128]
+
+
 def test_it_is_found_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, small_is_fast)
     cupyflash.tune(*arrays())
