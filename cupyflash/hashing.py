@@ -21,5 +21,10 @@ def hash_once(cls: type[_T]) -> type[_T]:
             found = kept["_hash"] = compute(self)
         return found
 
+    def __getstate__(self: _T) -> dict[str, object]:
+        # Strings have other hashes in another process.
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
     cls.__hash__ = __hash__  # type: ignore[method-assign, assignment]
+    cls.__getstate__ = __getstate__  # type: ignore[method-assign, assignment]
     return cls
