@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 __all__ = ["CupyflashError", "KernelCompileError", "Unsupported"]
 
 
 class CupyflashError(Exception):
     """Base of the errors that only cupyflash raises."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Not by way of __init__, which takes other arguments than `args` and adds to the message.
+        return _unpickled, (type(self), self.args), self.__dict__
+
+
+def _unpickled(kind: type[CupyflashError], args: tuple[Any, ...]) -> CupyflashError:
+    return kind.__new__(kind, *args)
 
 
 class Unsupported(CupyflashError, NotImplementedError):

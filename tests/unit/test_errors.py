@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 import cupyflash
+from cupyflash.errors import KernelCompileError
+from cupyflash.problem.trace import TraceError
 from tests.cases import on_general_backends
 
 
@@ -534,3 +537,17 @@ def test_what_is_no_backend_is_not_registered() -> None:
     refused(cupyflash.register_backend, {"name": "mine", "backend": 3}, TypeError, ("backend", "3", "run"))
     refused(cupyflash.register_backend, {"name": 3, "backend": Silent()}, TypeError, ("name", "3"))
     assert "mine" not in cupyflash.backends()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        cupyflash.Unsupported("why", {"cuda": ["because"]}),
+        KernelCompileError("NVRTC could not compile it", log="line 7"),
+        TraceError("score_mod can't be traced", __file__, 1),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_come_whole_from_another_process(error: cupyflash.CupyflashError) -> None:
+    found = pickle.loads(pickle.dumps(error))
+    assert (type(found), str(found), vars(found)) == (type(error), str(error), vars(error))
