@@ -3,7 +3,9 @@
 NVRTC compiles a kernel for the device once; the cubin is kept on disk and loaded with ``cupy.RawModule(path=…)``.  A
 call allocates its outputs, a copy of an operand whose rows a kernel can't take, partial results where blocks share
 keys, the log-sum-exps that weights are made with, and a byte for each tile of a bool mask; it does not wait for the
-device.  After one call of its kind, which compiles and loads, it can be captured in a CUDA graph.
+device.  After one call of its kind, which compiles and loads, it can be captured in a CUDA graph.  What it worked with
+is given back to CuPy's memory pool all the same, and a replay writes there again: so capture with a pool that lives as
+long as the graph, ``with cupy.cuda.using_allocator(pool.malloc)``.  Where the arrays are PyTorch's, its graphs do that.
 
 Nobody has run this on a GPU yet.  What is tested without one: the kernels under the emulator, their compilation for
 every architecture, and, with a stand-in for CuPy, that the launches here are those of the emulator.
