@@ -174,7 +174,7 @@ def _explain_kernels(problem: Problem, buffers: Buffers, backend: str, device: D
         except Unsupported as error:
             reasons = error.reasons["cuda"]
         else:
-            reasons = tuple(batch_refusals(problem, buffers))
+            reasons = tuple(batch_refusals(problem, buffers, plan.row_alignment, _address))
     if plan is not None and not plan.launches:
         return Explanation(problem, backend, device, plan, others=others)
     found = tuple(candidates(selector_of(problem, device, mods, unmapped), device))

@@ -18,6 +18,7 @@ from ..plan.specs import FwdSpec, Mods, Plan
 from ..plan.tiles import FAMILIES
 from ..problem.problem import Buffers, Problem
 from ..problem.shapes import join, joinable_axes
+from .strides import strides_of_copy
 
 __all__ = ["MapMaker", "make_maps", "map_refusals", "panel_columns", "plan_of"]
 
@@ -109,18 +110,9 @@ def _refused(shape: Ints, strides: Ints, itemsize: int) -> str:
     )
     if not is_copied and any(n > 1 and not 0 <= s < _MAX_STRIDE for n, s in zip(shape, strides, strict=True)):
         return f"strides must be at least 0 and less than 2**40, but were {strides}"
-    if _matrices(shape, _copied(shape, strides, itemsize) if is_copied else strides, itemsize) is None:
+    if _matrices(shape, strides_of_copy(shape, strides, itemsize) if is_copied else strides, itemsize) is None:
         return f"its batch axes {shape[:-3]} are not one behind the other (strides {strides})"
     return ""
-
-
-def _copied(shape: Ints, strides: Ints, itemsize: int) -> Ints:
-    """The strides of a copy in which what is repeated is still there once."""
-    steps, step = [itemsize], -(-shape[-1] * itemsize // _STRIDE_UNIT) * _STRIDE_UNIT
-    for n, stride in zip(shape[-2::-1], strides[-2::-1], strict=True):
-        steps.append(0 if stride == 0 else step)
-        step *= 1 if stride == 0 else n
-    return tuple(steps[::-1])
 
 
 @lru_cache(maxsize=512)

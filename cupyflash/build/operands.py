@@ -16,12 +16,10 @@ from .bulk import MapMaker, make_maps
 from .mask_summary import MaskSummary, entries_once, summarize_mask
 from .modding import CallMods, ModSummary, summarize_mods
 from .params import BATCH_AXES, MASK, MOD_MARKS, NO_SCORES, pack_marks, pack_mask, pack_scores, pack_tensor
-from .strides import join_batch, steps_of, tensor_of
+from .strides import COPY_ALIGNMENT, join_batch, steps_of, strides_of_copy, tensor_of
 
 __all__ = ["Copy", "Operands", "batch_refusals", "copies_of", "prepare"]
 
-# What a copy's rows begin at multiples of: as much as any kernel asks for.
-_COPY_ALIGNMENT = 16
 _NO_MASK, _NO_MARKS = bytes(MASK.itemsize), bytes(MOD_MARKS.itemsize)
 
 
@@ -151,7 +149,11 @@ def _pack_mods(
 def _masks(buffers: Buffers, address: Callable[[Any], int]) -> list[Any]:
     """The float and the bool mask that there are; copied where elements do not lie at multiples of their size."""
     masks = [mask for mask in (buffers.float_mask, buffers.bool_mask) if mask is not None]
-    return [entries_once(m).copy() if any(n % m.itemsize for n in (address(m), *m.strides)) else m for m in masks]
+    return [entries_once(mask).copy() if _is_torn(mask, address) else mask for mask in masks]
+
+
+def _is_torn(mask: Any, address: Callable[[Any], int]) -> bool:
+    return any(n % mask.itemsize for n in (address(mask), *mask.strides))
 
 
 def _packed(array: Any, address: Callable[[Any], int]) -> Any:
@@ -255,13 +257,24 @@ def copies_of(plan: Plan, buffers: Buffers, address: Callable[[Any], int]) -> li
     return copies
 
 
-def batch_refusals(problem: Problem, buffers: Buffers) -> list[str]:
-    """Why `prepare` would refuse the batch, without preparing anything; empty if it would not."""
+def batch_refusals(problem: Problem, buffers: Buffers, alignment: int, address: Callable[[Any], int]) -> list[str]:
+    """Why `prepare` would refuse the batch, without preparing anything; empty if it would not.
+
+    `alignment` is the plan's of rows.
+    """
     shape = problem.batch_shape
     if len(shape) <= BATCH_AXES:
         return []
-    arrays = (buffers.query, buffers.key, buffers.value, buffers.out)
-    steps = [tuple([0 if n == 1 else step for n, step in zip(shape, a.strides, strict=False)]) for a in arrays]
+    arrays = [
+        (array, not tensor_of(array, address(array), array.itemsize, alignment))
+        for array in (buffers.query, buffers.key, buffers.value, buffers.out)
+    ]
+    masks = [mask for mask in (buffers.float_mask, buffers.bool_mask) if mask is not None]
+    arrays += [(mask, _is_torn(mask, address)) for mask in masks]
+    steps = []
+    for array, is_copied in arrays:
+        strides = strides_of_copy(array.shape, array.strides, array.itemsize) if is_copied else array.strides
+        steps.append(tuple([0 if n == 1 else step for n, step in zip(array.shape, strides, strict=True)][: len(shape)]))
     try:
         join_batch(shape, tuple(steps))
     except Unsupported as error:
@@ -282,10 +295,10 @@ def _once(array: Any) -> Any:
 
 
 def _empty_rows_like(array: Any, xp: Any) -> Any:
-    """A new array whose rows begin at multiples of _COPY_ALIGNMENT bytes."""
+    """A new array whose rows begin at multiples of COPY_ALIGNMENT bytes."""
     return xp.empty(_padded_rows(array.shape, array.dtype.itemsize), array.dtype)[..., : array.shape[-1]]
 
 
 def _padded_rows(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    step = _COPY_ALIGNMENT // itemsize
+    step = COPY_ALIGNMENT // itemsize
     return (*shape[:-1], -(-shape[-1] // step) * step)

@@ -9,7 +9,10 @@ from ..errors import Unsupported
 from ..problem.shapes import join, joinable_axes
 from .params import BATCH_AXES, pack_tensor
 
-__all__ = ["join_batch", "steps_of", "tensor_of"]
+__all__ = ["COPY_ALIGNMENT", "join_batch", "steps_of", "strides_of_copy", "tensor_of"]
+
+#: What a copy's rows begin at multiples of: as much as any kernel asks for.
+COPY_ALIGNMENT = 16
 
 
 def tensor_of(array: Any, place: int, itemsize: int, alignment: int) -> bytes:
@@ -41,6 +44,15 @@ def steps_of(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, al
             if stride % alignment:
                 fits = False
     return tuple(steps) if fits or 0 in shape else None  # nothing is read of an empty array
+
+
+def strides_of_copy(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The strides of a copy in which what is repeated by a stride of 0 is still there once."""
+    steps, step = [itemsize], -(-shape[-1] * itemsize // COPY_ALIGNMENT) * COPY_ALIGNMENT
+    for n, stride in zip(shape[-2::-1], strides[-2::-1], strict=True):
+        steps.append(0 if stride == 0 else step)
+        step *= 1 if stride == 0 else n
+    return tuple(steps[::-1])
 
 
 @lru_cache(maxsize=512)

@@ -162,6 +162,17 @@ def test_a_batch_of_too_many_axes_is_refused_as_by_the_backend() -> None:
     assert found.refusals == caught.value.reasons["emulator"]
     x = half(2, 2, 2, 2, 2, 1, 5, 64)
     assert explain(x, x, x, backend="emulator").refusals == ()
+    # A mask counts too; and an array that is copied for another reason lies as its copy does.
+    mask = np.ones((2, 1, 2, 1, 2, 1, 1, 5), bool)
+    found = explain(x, x, x, mask, backend="emulator")
+    with pytest.raises(cupyflash.Unsupported) as caught:
+        cupyflash.attention(x, x, x, mask, backend="emulator")
+    assert found.refusals == caught.value.reasons["emulator"]
+    spread = half(4, 4, 4, 4, 4, 1, 5, 128)[::2, ::2, ::2, ::2, ::2]
+    found = explain(spread[..., ::2], x, x, backend="emulator")
+    assert (found.refusals, [copy.operand for copy in found.copies]) == ((), ["query"])
+    cupyflash.attention(spread[..., ::2], x, x, backend="emulator")
+    assert explain(spread[..., :64], x, x, backend="emulator").refusals
 
 
 @pytest.mark.parametrize("empty", [(0, 5, 64), (2, 0, 64)])
