@@ -92,6 +92,9 @@ def _schedule(
 ) -> tuple[Tiling, tuple[_Job, ...] | None]:
     """The tiling of a call, and its jobs if they are few."""
     tiling = _tiling(problem, lead_shape[-1], packs, available_threads)
+    *outer, units = lead_shape
+    num_jobs = num_slices * math.prod(outer) * -(-units // tiling.units) * -(-problem.seqlen_q // tiling.rows)
+    tiling = tiling._replace(threads=min(tiling.threads, num_jobs))  # a thread without a job takes time to wake
     is_short = num_slices * math.prod(lead_shape) * problem.seqlen_q <= _ROWS_WORTH_REMEMBERING
     return tiling, tuple(_jobs(problem, lead_shape, num_slices, tiling)) if is_short else None
 

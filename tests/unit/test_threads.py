@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 import cupyflash
+from cupyflash.backends import pool, tiled
 from cupyflash.testing import assert_attention_close
 from tests.cases import CASES, heads, on_general_backends
 
@@ -336,6 +337,22 @@ def threads_met(number: str) -> int:
 def test_no_more_threads_than_asked_for(number: int) -> None:
     met = threads_met(str(number))
     assert met == 1 if number == 1 else 2 <= met <= number
+
+
+def test_no_more_threads_than_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine of many cores a call of a few jobs wakes a few threads."""
+    monkeypatch.setenv("CUPYFLASH_NUM_THREADS", "1000000")
+    met: list[tuple[int, int]] = []
+
+    def run_jobs(function: Callable[[Any], None], jobs: Any, workers: int) -> None:
+        jobs = list(jobs)
+        met.append((workers, len(jobs)))
+        pool.run_jobs(function, jobs, 1)
+
+    monkeypatch.setattr(tiled, "run_jobs", run_jobs)
+    cupyflash.attention(**BIG.arguments(), backend="numpy")
+    ((workers, num_jobs),) = met
+    assert workers == num_jobs > 1
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "two", "1.5"])
