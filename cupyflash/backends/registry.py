@@ -119,6 +119,8 @@ def register_backend(name: str, backend: Backend, *, overwrite: bool = False) ->
         raise TypeError(f"name must be a str, but was {name!r}")
     if not name:
         raise ValueError("name must not be empty")
+    if isinstance(backend, type):
+        raise TypeError(f"backend must be an object with the methods reasons and run, but was the class {backend!r}")
     if not isinstance(backend, Backend):
         raise TypeError(f"backend must have the methods reasons and run, but was {backend!r}")
     with _lock:

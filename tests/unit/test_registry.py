@@ -73,6 +73,11 @@ def test_overwrite() -> None:
     assert (cupyflash.attention(X, X, X, backend="constant") == 8).all()
 
 
+def test_a_class_is_no_backend() -> None:
+    with pytest.raises(TypeError, match=r"backend must be an object .*, but was the class"):
+        cupyflash.register_backend("constant", Constant)  # type: ignore[arg-type]
+
+
 def test_the_environment_chooses_and_the_argument_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     cupyflash.register_backend("constant", Constant(7))
     monkeypatch.setenv("CUPYFLASH_BACKEND", "constant")
