@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..build.bulk import plan_of
+from ..build.bulk import Ints, plan_of
 from ..build.cache import default_cache
 from ..build.debug import debug_level, show_launch
 from ..build.launch import launches
@@ -58,7 +58,7 @@ class CudaBackend:
         with device:
             mods = trace_mods(problem, buffers)
             plan = plan_of(problem, buffers, device_spec(cupy, device.id), mods and mods.structure)
-            operands = prepare(problem, plan, buffers, _address, mods, driver_map)
+            operands = prepare(problem, plan, buffers, _address, mods, _map)
             for launch, args in launches(problem, plan, operands):
                 _run(cupy, device.id, launch, args, level)
             if operands.out is not buffers.out:
@@ -67,7 +67,7 @@ class CudaBackend:
     def prepared(self, problem: Problem, buffers: Buffers, plan: Plan, mods: CallMods | None) -> Callable[[], None]:
         """The launches of a plan, ready to be repeated on the current device, which is that of the arrays."""
         cupy, device = problem.namespace, buffers.query.device
-        operands = prepare(problem, plan, buffers, _address, mods, driver_map)
+        operands = prepare(problem, plan, buffers, _address, mods, _map)
         ready = list(launches(problem, plan, operands))
 
         def run() -> None:
@@ -101,10 +101,25 @@ def _run(cupy: Any, device_id: int, launch: Launch, args: tuple[np.void, ...], l
     if level:
         show_launch(launch, args, arch_for(launch.spec, device_spec(cupy, device_id)), level)
     kernel = _kernel(cupy, launch.spec, device_id)
-    # By value CuPy takes arrays of one element: its scalars end at 32 bytes before 14.1. Without fields, which it would
-    # list at every launch.
-    blocks = tuple([np.frombuffer(block, f"V{block.nbytes}") for block in args])
-    kernel(launch.grid, launch.block, blocks, shared_mem=launch.shared_bytes)
+    kernel(launch.grid, launch.block, tuple([_by_value(block) for block in args]), shared_mem=launch.shared_bytes)
+
+
+def _by_value(block: Any) -> Any:
+    """A parameter block as CuPy takes it: an array of one element, since its scalars end at 32 bytes before 14.1.
+
+    It has no fields, which CuPy would list at every launch.
+    """
+    return np.frombuffer(block, _bytes_of(block.nbytes)) if type(block) is np.void else block
+
+
+@lru_cache(maxsize=256)
+def _bytes_of(nbytes: int) -> np.dtype[np.void]:
+    return np.dtype(f"V{nbytes}")
+
+
+def _map(address: int, shape: Ints, strides: Ints, dtype: str, box: Ints, swizzle: int) -> Any:
+    """A `MapMaker`: what it makes is kept from call to call, so it is put in CuPy's form here."""
+    return _by_value(driver_map(address, shape, strides, dtype, box, swizzle))
 
 
 def _why_no_compiler() -> list[str]:

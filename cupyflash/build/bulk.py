@@ -20,7 +20,7 @@ from ..problem.problem import Buffers, Problem
 from ..problem.shapes import join, joinable_axes
 from .strides import strides_of_copy
 
-__all__ = ["MapMaker", "make_maps", "map_refusals", "panel_columns", "plan_of"]
+__all__ = ["Ints", "MapMaker", "make_maps", "map_refusals", "panel_columns", "plan_of"]
 
 Ints: TypeAlias = tuple[int, ...]
 #: (address, shape, strides, dtype, box, swizzle) -> the map as a kernel's argument
