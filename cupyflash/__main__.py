@@ -59,8 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "trace",
         help=text,
-        description=f"{text[0].upper()}{text[1:]}: which tiles were visited and why others were not, maximum and sum of each "
-        "row step by step, bytes moved, the error. Runs the GPU's kernel under the emulator: no GPU is needed, a C++ compiler is.",
+        description=f"{text[0].upper()}{text[1:]}: which tiles were visited and why others were not, maximum and sum "
+        "of each row step by step, bytes moved, the error. Runs the GPU's kernel under the emulator: no GPU is needed, "
+        "a C++ compiler is.",
     )
     command.add_argument("--out", required=True, type=Path, metavar="FILE", help="the page to write, one HTML file")
     add = command.add_argument_group("the call, with the names of attention's arguments").add_argument

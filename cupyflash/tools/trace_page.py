@@ -29,21 +29,31 @@ def as_text(found: Trace) -> Iterator[str]:
     for kind, why, count in _fates(found):
         yield f"  {count:5} tile{'s' * (count > 1)} {_KINDS[kind]}: {_because(kind, why)}"
     conflicts = sum(launch.bank_conflicts for launch in found.launches)
-    yield f"  {_size(found.bytes_moved)} moved, {_size(found.bytes_of_formula)} by the formula; {conflicts} bank conflicts"
+    moved, formula = _size(found.bytes_moved), _size(found.bytes_of_formula)
+    yield f"  {moved} moved, {formula} by the formula; {conflicts} bank conflicts"
     yield f"  largest error against math in float64: {found.error:.2g}, {found.error_units:.2f} units of 3"
 
 
 def as_html(found: Trace, command: str = "") -> str:
     """The page; `command` is what made it, to be shown."""
+    problem, tile = found.problem, found.spec.tile
+    heads = problem.batch_size * problem.num_heads_q
     parts = {
         "title": "A walk over the keys",
         "facts": _facts(found, command),
-        "block_m": str(found.spec.tile.block_m),
-        "block_n": str(found.spec.tile.block_n),
+        "block_m": str(tile.block_m),
+        "block_n": str(tile.block_n),
+        "warps": str(tile.num_warps),
         "fates": _fate_table(found),
-        "cost": _cost(found),
-        "error": _error(found),
-        "plan": _plan(found),
+        "launches": _launches(found),
+        "bars": _bars(found),
+        "matrix": f"{problem.seqlen_q:,} × {problem.seqlen_k:,} for each of {heads} heads",
+        "matrix_size": _size(found.matrix_bytes),
+        "error": _power(found.error),
+        "lse_error": _power(found.lse_error),
+        "error_units": f"{found.error_units:.2f}",
+        "dtype": problem.dtype,
+        "device": escape(found.device),
         "data": json.dumps(_data(found), separators=(",", ":")).replace("</", "<\\/"),
     }
     template = _TEMPLATE.read_text(encoding="utf-8")
@@ -163,52 +173,30 @@ def _fate_table(found: Trace) -> str:
     return f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _cost(found: Trace) -> str:
-    heads = ("read", "written", "shared memory", "bank conflicts")
-    rows = [
-        f"<tr><td><code>{escape(launch.name)}</code></td><td class=number>{launch.blocks}&thinsp;×&thinsp;{launch.threads}"
-        f"</td><td class=number>{_size(launch.bytes_read)}</td><td class=number>{_size(launch.bytes_written)}</td>"
-        f"<td class=number>{launch.wavefronts:,} wavefronts</td><td class=number>{launch.bank_conflicts:,}</td></tr>"
-        for launch in found.launches
-    ]
-    head = "".join(f"<th class=number>{name}</th>" for name in ("blocks × threads", *heads))
-    problem = found.problem
-    moved, formula, matrix = found.bytes_moved, found.bytes_of_formula, found.matrix_bytes
-    bars = [("These launches", moved, ""), ("The formula, step by step", formula, "other")]
-    most = max(moved, formula)
-    drawn = "".join(
+def _launches(found: Trace) -> str:
+    rows = []
+    for launch in found.launches:
+        numbers = (
+            f"{launch.blocks}&thinsp;×&thinsp;{launch.threads}",
+            _size(launch.bytes_read),
+            _size(launch.bytes_written),
+            f"{launch.wavefronts:,} wavefronts",
+            f"{launch.bank_conflicts:,}",
+        )
+        cells = "".join(f'<td class="number">{text}</td>' for text in numbers)
+        rows.append(f"<tr><td><code>{escape(launch.name)}</code></td>{cells}</tr>")
+    return "".join(rows)
+
+
+def _bars(found: Trace) -> str:
+    most = max(found.bytes_moved, found.bytes_of_formula)
+    return "".join(
         f'<div class="bar"><span>{name}</span><span><i class="{kind}" style="width:{70 * size / most:.1f}%"></i>'
         f"{_size(size)}</span></div>"
-        for name, size, kind in bars
-    )
-    return (
-        f'<div class="wide"><table><thead><tr><th>launch</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-        "<p>Read and written are bytes of global memory. A wavefront is one turn of the 32 banks of shared memory, 128 bytes at "
-        "most; a bank conflict is one more turn than the same bytes need.</p>"
-        f"{drawn}"
-        f"<p>Step by step, the formula would store the scores and then the weights: {problem.seqlen_q:,} × {problem.seqlen_k:,} of "
-        f"them for each of {problem.batch_size * problem.num_heads_q} heads, {_size(matrix)} a time, each written and read again. "
-        "Here they never leave the registers. The matrix grows with the square of the length, and all else with the length "
-        "times the number of tiles of rows, so the gap widens: this is a very small call.</p>"
-    )
-
-
-def _error(found: Trace) -> str:
-    return (
-        f"<p>The largest error of the output against the formula in float64 is {_power(found.error)}; that of the log-sum-exp "
-        f"{_power(found.lse_error)}. In units of <var>u</var>·Σ<sub>j</sub>&nbsp;<var>p</var><sub>j</sub>|<var>v</var><sub>j</sub>|, with "
-        f"<var>u</var> the unit roundoff of {found.problem.dtype}, the output is off by {found.error_units:.2f} at most. The tests allow 3: the output "
-        "is rounded to 16 bits, and so are the weights, because tensor cores take them so.</p>"
-    )
-
-
-def _plan(found: Trace) -> str:
-    tile = found.spec.tile
-    return (
-        f"The kernel is the one that is chosen for this call on an {escape(found.device)}: tiles of {tile.block_m} rows by "
-        f"{tile.block_n} keys, {tile.num_warps} warps. Only one thing differs from a call of this size there: the keys are not "
-        "divided among blocks, which pays only while blocks are too few to fill the GPU. Kernels for Hopper are others and "
-        "are not shown."
+        for name, size, kind in (
+            ("These launches", found.bytes_moved, "ours"),
+            ("The formula, step by step", found.bytes_of_formula, "other"),
+        )
     )
 
 
