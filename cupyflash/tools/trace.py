@@ -30,6 +30,7 @@ from ..plan.device import DEVICES
 from ..plan.specs import FwdSpec
 from ..problem.normalize import normalize
 from ..problem.problem import Buffers, Problem
+from .doctor import INSTALL_COMPILER
 
 __all__ = ["REASONS", "Launched", "Step", "TileFate", "Trace", "Walk", "trace"]
 
@@ -37,8 +38,8 @@ Array = np.ndarray[Any, Any]
 
 _SIGNATURE = inspect.signature(attention)
 _FAMILY = "fwd_sm80"
-_SECTOR, _WAVEFRONT = 32, 128  # bytes
-_INSTALL = "sudo apt install g++  (dnf install gcc-c++; conda install -c conda-forge gxx)"
+_SECTOR = 32  # bytes
+_ALIGNMENT = 256  # of arrays on a GPU; NumPy's would cross more sectors
 
 #: Why a tile is cut, or not visited: some of its keys, or all, are ...
 REASONS = {
@@ -173,8 +174,8 @@ class Trace:
         By batch entry, head and row, not in the order of blocks.
     launches : tuple of Launched
         In order: summaries of masks, then the forward kernel.
-    out, lse : array
-        What the call returned.
+    out, lse : array (*batch, Hq, L, Ev), (*batch, Hq, L)
+        What the kernel wrote.
     error : float
         The largest error of `out` against `math` in float64.
     error_units : float
@@ -252,8 +253,11 @@ def trace(*args: Any, device: str = "A100", **kwargs: Any) -> Trace:
     try:
         find_compiler()
     except Unsupported as error:
-        raise Unsupported(f"{error}; type: {_INSTALL}", error.reasons) from None
+        raise Unsupported(f"{error}; type: {INSTALL_COMPILER}", error.reasons) from None
 
+    named: dict[str, Any] = buffers._asdict()
+    aligned: dict[str, Any] = {name: _aligned(one) for name, one in named.items() if isinstance(one, np.ndarray)}
+    buffers = buffers._replace(**aligned)
     mods = trace_mods(problem, buffers)
     on = replace(DEVICES[device], sms=1)  # its keys are not divided
     plan = choose(problem, on, mods and mods.structure, spec)
@@ -297,6 +301,17 @@ def _spec(problem: Problem, buffers: Buffers, device: str) -> FwdSpec:
             f"for Hopper's; {problem.dtype} on {device} is for {spec.family}: try dtype float16, device A100"
         )
     return spec
+
+
+def _aligned(array: Array) -> Array:
+    """A copy that begins where an array on a GPU may begin; another layout than C's is left alone."""
+    if not array.flags.c_contiguous:
+        return array
+    whole = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+    start = -whole.ctypes.data % _ALIGNMENT
+    copy = whole[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def _address(array: Any) -> int:
