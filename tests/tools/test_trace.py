@@ -142,12 +142,28 @@ def test_a_bool_mask() -> None:
 
 
 def test_a_mask_of_each_batch_entry() -> None:
-    call = sample_call((2, 1, 130, 130, 32), mask="padding")
+    call = sample_call((2, 1, 70, 150, 32))
+    keys = np.arange(150)
+    call["attn_mask"] = np.stack([keys < 128, keys >= 70])[:, None, None]
     found = trace(**call)
-    assert call["attn_mask"].shape == (2, 1, 1, 130)
-    assert [[step.tile for step in walk.steps] for walk in found.walks] == [[1, 0]] * 3 + [[2, 1, 0]] * 3
-    assert [walk.fates[2].kind for walk in found.walks] == ["skipped"] * 3 + ["cut"] * 3
+    assert [[step.tile for step in walk.steps] for walk in found.walks] == [[1, 0]] * 2 + [[2, 1]] * 2
+    removed = ("skipped", ("mask",))
+    assert [[(fate.kind, fate.why) for fate in walk.fates] for walk in found.walks] == [
+        *[[WHOLE, WHOLE, removed]] * 2,
+        *[[removed, ("cut", ("mask",)), ("cut", ("end",))]] * 2,
+    ]
     assert_walks_hold(found, call)
+
+
+def test_bounds_that_end_with_a_tile() -> None:
+    # Key 63 is the last of query 0, and of the tile.
+    found = trace(**operands(1, 128, 128), window=(10, 63))
+    assert fates(found) == [[("cut", ("lower",)), DIAGONAL], [("cut", ("lower",)), ("cut", ("lower",))]]
+    # Query 63 would see key 64, the first of the next tile, but for the mask.
+    mask = np.ones((128, 128), bool)
+    mask[:64, 64:] = False
+    found = trace(**operands(1, 128, 128), window=(None, 1), attn_mask=mask)
+    assert fates(found) == [[DIAGONAL, ("skipped", ("mask",))], [WHOLE, DIAGONAL]]
 
 
 def test_a_mask_mod() -> None:
