@@ -110,7 +110,7 @@ from cupyflash.tools.trace import trace
 from cupyflash.tools.trace_page import as_html
 
 found = trace(query, key, value, is_causal=True)  # what attention takes, float16 or bfloat16
-[step.tile for step in found.walks[-1].steps]     # tiles of keys, in the order of the last block's visits
+[step.tile for step in found.walks[-1].steps]  # tiles of keys, in the order of the last block's visits
 page = as_html(found)
 ```
 

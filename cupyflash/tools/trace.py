@@ -8,6 +8,7 @@ why a tile was not visited (from the call's band and the summaries of its masks)
 from __future__ import annotations
 
 import inspect
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -253,7 +254,8 @@ def trace(*args: Any, device: str = "A100", **kwargs: Any) -> Trace:
     try:
         find_compiler()
     except Unsupported as error:
-        raise Unsupported(f"{error}; type: {INSTALL_COMPILER}", error.reasons) from None
+        remedy = f"; type: {INSTALL_COMPILER}" if sys.platform.startswith("linux") else ""
+        raise Unsupported(f"{error}{remedy}", error.reasons) from None
 
     named: dict[str, Any] = buffers._asdict()
     aligned: dict[str, Any] = {name: _aligned(one) for name, one in named.items() if isinstance(one, np.ndarray)}

@@ -25,7 +25,7 @@ _LARGEST_HALF = 65504
 def as_text(found: Trace) -> Iterator[str]:
     """A summary, line by line."""
     yield _call(found)
-    yield f"{found.spec}, as for {found.device}: {found.launches[-1].blocks} blocks"
+    yield f"{found.spec}, the choice for device {found.device}: {found.launches[-1].blocks} blocks"
     for kind, why, count in _fates(found):
         yield f"  {count:5} tile{'s' * (count > 1)} {_KINDS[kind]}: {_because(kind, why)}"
     conflicts = sum(launch.bank_conflicts for launch in found.launches)
@@ -154,7 +154,7 @@ def _facts(found: Trace, command: str) -> str:
     features = str(replace(found.problem, return_lse=False)).splitlines()[1].strip()
     facts = {
         "Call": f"{escape(_call(found))}; {escape(features)}",
-        "Kernel": f"<code>{escape(str(found.spec))}</code>, as for an {escape(found.device)}, under the emulator",
+        "Kernel": f"<code>{escape(str(found.spec))}</code>, the choice for device {escape(found.device)}, under the emulator",
     }
     if command:
         facts["Made by"] = f"<code>{escape(command)}</code>"

@@ -378,8 +378,17 @@ def test_the_default_page_is_small(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_text(causal: Trace) -> None:
     lines = list(as_text(causal))
     assert lines[0] == "float16, 2 heads, 192 queries, 192 keys, head dim 64"
-    assert lines[1] == f"{causal.spec}, as for A100: 6 blocks"
+    assert lines[1] == f"{causal.spec}, the choice for device A100: 6 blocks"
     assert [line.split()[0] for line in lines[2:5]] == ["6", "6", "6"]
+
+
+def test_the_code_of_the_docs() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "tools.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = operands(1, 100, 100)
+    exec(code, names)
+    assert Page(names["page"]).ids
+    assert [step.tile for step in names["found"].walks[-1].steps] == [1, 0]
 
 
 @pytest.mark.slow
