@@ -94,7 +94,7 @@ nothing else, no network either: which tiles of scores were visited, in which or
 block's walk over its tiles of keys, with scores, running maximum and sum, the factor that corrects them, and the
 output; bytes moved, bank conflicts, and the error. A C++ compiler is needed, a GPU is not.
 
-```
+```sh
 python -m cupyflash trace --causal --out walk.html
 python -m cupyflash trace --window 100,0 --mask document --gqa 2 --out walk.html
 ```
@@ -106,11 +106,13 @@ an A100, but not Hopper's, which does not show its steps. The numbers are the ke
 runs. For your own arrays, and as values rather than a page:
 
 ```python
+import numpy as np
 from cupyflash.tools.trace import trace
 from cupyflash.tools.trace_page import as_html
 
-found = trace(query, key, value, is_causal=True)  # what attention takes, float16 or bfloat16
-[step.tile for step in found.walks[-1].steps]  # tiles of keys, in the order of the last block's visits
+query = key = value = np.random.default_rng(0).standard_normal((1, 2, 150, 64)).astype(np.float16)
+found = trace(query, key, value, is_causal=True)  # the arguments of attention; float16 or bfloat16
+[step.tile for step in found.walks[-1].steps]  # -> [2, 1, 0]
 page = as_html(found)
 ```
 

@@ -154,7 +154,7 @@ def _facts(found: Trace, command: str) -> str:
     features = str(replace(found.problem, return_lse=False)).splitlines()[1].strip()
     facts = {
         "Call": f"{escape(_call(found))}; {escape(features)}",
-        "Kernel": f"<code>{escape(str(found.spec))}</code>, the choice for device {escape(found.device)}, under the emulator",
+        "Kernel": f"<code>{escape(str(found.spec))}</code>, the choice for device {escape(found.device)}, emulated",
     }
     if command:
         facts["Made by"] = f"<code>{escape(command)}</code>"

@@ -382,15 +382,6 @@ def test_text(causal: Trace) -> None:
     assert [line.split()[0] for line in lines[2:5]] == ["6", "6", "6"]
 
 
-def test_the_code_of_the_docs() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "tools.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    names: dict[str, Any] = operands(1, 100, 100)
-    exec(code, names)
-    assert Page(names["page"]).ids
-    assert [step.tile for step in names["found"].walks[-1].steps] == [1, 0]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
