@@ -87,6 +87,37 @@ is not; what is compiled stays in the cache, where `attention` finds it. `--matc
 Registers, stack and spills are of a thread, stack and spills in bytes and not wanted; `smem` is a block's dynamic
 shared memory in bytes; the rest counts instructions in the code.
 
+## `python -m cupyflash trace`
+
+It runs a small call through `fwd_sm80.cu` under the emulator and writes what happened as one HTML page that needs
+nothing else, no network either: which tiles of scores were visited, in which order, and why others were not; each
+block's walk over its tiles of keys, with scores, running maximum and sum, the factor that corrects them, and the
+output; bytes moved, bank conflicts, and the error. A C++ compiler is needed, a GPU is not.
+
+```sh
+python -m cupyflash trace --causal --out walk.html
+python -m cupyflash trace --window 100,0 --mask document --gqa 2 --out walk.html
+```
+
+![A page of trace: the tiles of two heads of a causal call, and one block's third step](images/walk.png)
+
+Options have the names of `attention`'s arguments; `--help` lists them. `--device` takes the kernel of another GPU than
+an A100, but not Hopper's, which does not show its steps. The numbers are the kernel's own: it hands them out while it
+runs. For your own arrays, and as values rather than a page:
+
+```python
+import numpy as np
+from cupyflash.tools.trace import trace
+from cupyflash.tools.trace_page import as_html
+
+query = key = value = np.random.default_rng(0).standard_normal((1, 2, 150, 64)).astype(np.float16)
+found = trace(query, key, value, is_causal=True)  # the arguments of attention; float16 or bfloat16
+[step.tile for step in found.walks[-1].steps]  # -> [2, 1, 0]
+page = as_html(found)
+```
+
+`docs/walk.py` made the picture; it needs Chromium.
+
 ## `CUPYFLASH_DEBUG`
 
 | level | printed on standard error for each kernel launch, with all of the levels before |

@@ -144,6 +144,7 @@ struct Forward {
   // One tile of keys, and the copy of the one after it, if there is one. `step` counts from 0 and chooses K's buffer;
   // is_full: all keys take part for all rows, but for the bool mask and mask_mod; is_whole: those remove none of them.
   __device__ __forceinline__ void kv_step(int tile, int step, bool is_full, bool is_whole, bool has_next, int next) {
+    observe("tile", tile, is_full, is_whole);
     if constexpr (Traits::kAsync) isa::cp_async_wait<0>();
     isa::sync_threads();  // K(tile) has arrived; K and V of the last step, and Q, have been read
     copy_v(tile);
@@ -172,6 +173,7 @@ struct Forward {
     if constexpr (Traits::kAsync) isa::cp_async_wait<1>();
     isa::sync_threads();  // V(tile) has arrived; all warps are done with K(tile)
     accumulate_p_v<Config, Traits::VTile>(o_frag, s_frag, SharedStorage::v());
+    observe("output", o_frag);
   }
 
   __device__ __forceinline__ void finish() {
@@ -198,6 +200,7 @@ extern "C" __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   Forward forward(params, mods, work);
   const KeyTiles tiles = key_tiles<Config>(params, work).share(work.split, params.num_splits);
   const TileMarks<Config> marks(params, work);
+  observe("block", work, tiles);
   int tile = marks.last_live(tiles.end - 1, tiles.begin);
   if (tile >= tiles.begin) forward.load_q(work, tile);
   for (int step = 0; tile >= tiles.begin; ++step) {

@@ -8,6 +8,7 @@
 #include "types.cuh"
 
 #if defined(__CUDACC__)
+#include "observe.cuh"
 #include "isa_sm80.cuh"
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #include "isa_sm90.cuh"
@@ -17,4 +18,5 @@
 #endif
 #else
 #include "emulator/isa_host.h"
+#include "emulator/observe.h"
 #endif

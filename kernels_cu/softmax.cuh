@@ -101,6 +101,8 @@ template <bool kScaledFirst, int kScoreTiles, int kOutTiles>
 __device__ __forceinline__ void online_softmax(float (&s_frag)[kScoreTiles][4], float (&o_frag)[kOutTiles][4],
                                                RowState& state, float scale_log2) {
   float correction[2];
+  observe("scores", s_frag);
   next_weights<kScaledFirst, false>(s_frag, state, correction, scale_log2);
+  observe("softmax", state, correction);
   rescale(o_frag, correction);
 }

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +31,7 @@ __all__ = [
     "EmulatorError",
     "Function",
     "Module",
+    "Observation",
     "Options",
     "Traffic",
     "guarded_array",
@@ -117,6 +119,19 @@ class Counters:
     cp_async_global: Traffic
 
 
+@dataclass(frozen=True)
+class Observation:
+    """What one thread showed: a call of ``observe`` in a kernel, see kernels_cu/emulator/observe.h.
+
+    ``data`` holds the bytes of its values, one behind the other.
+    """
+
+    event: str
+    block: int
+    thread: int
+    data: bytes
+
+
 class _LaunchOptions(ctypes.Structure):
     _fields_ = (
         ("seed", ctypes.c_uint64),
@@ -135,6 +150,9 @@ class _Kernel(ctypes.Structure):
         ("argument_bytes", ctypes.POINTER(ctypes.c_size_t)),
     )
 
+
+_Observer = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t)
+_OBSERVATION = struct.Struct("=III20s")  # ObservationHeader in kernels_cu/emulator/block.h
 
 _NUM_SCALARS = 6
 _NUM_COUNTERS = _NUM_SCALARS + 3 * 8
@@ -218,6 +236,7 @@ class Function:
         *,
         shared_mem: int = 0,
         options: Options | None = None,
+        observed: list[Observation] | None = None,
     ) -> Counters:
         """Runs the kernel to its end.
 
@@ -235,6 +254,8 @@ class Function:
             bytes of dynamic shared memory.
         options
             instead of the module's.
+        observed
+            gets what the kernel's threads show, a thread's observations in order; without it they cost nothing.
 
         Raises
         ------
@@ -270,6 +291,8 @@ class Function:
         )
         pointers = (ctypes.c_void_p * max(1, len(values)))(*(ctypes.addressof(value) for value in values))
         numbers = (ctypes.c_uint64 * _NUM_COUNTERS)()
+        chunks: list[bytes] = []
+        observer = _Observer(lambda data, size: chunks.append(ctypes.string_at(data, size)))
         report = ctypes.create_string_buffer(_REPORT_BYTES)
         failed = self._runtime.cupyflash_emulator_launch(
             ctypes.byref(self._kernel),
@@ -279,14 +302,25 @@ class Function:
             pointers,
             ctypes.byref(launch_options),
             numbers,
+            _Observer() if observed is None else observer,
             report,
             ctypes.c_size_t(_REPORT_BYTES),
         )
         if failed:
             raise EmulatorError(report.value.decode(errors="replace"))
+        if observed is not None:
+            observed.extend(observation for chunk in chunks for observation in _observations(chunk))
         traffic = (Traffic(*numbers[i : i + 3]) for i in range(_NUM_SCALARS, _NUM_COUNTERS, 3))
         blocks, switches, collectives, mma, wgmma, bulk = numbers[:_NUM_SCALARS]
         return Counters(blocks, switches, collectives, mma, wgmma, bulk, *traffic)
+
+
+def _observations(chunk: bytes) -> Iterator[Observation]:
+    start = 0
+    while start < len(chunk):
+        size, block, thread, event = _OBSERVATION.unpack_from(chunk, start)
+        start += _OBSERVATION.size + size
+        yield Observation(event.rstrip(b"\0").decode(), block, thread, chunk[start - size : start])
 
 
 def _pack(name: str, index: int, value: Any) -> ctypes.Array[ctypes.c_char]:

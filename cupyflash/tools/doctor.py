@@ -29,7 +29,7 @@ from ..build.source import kernels_folder
 from ..plan.tiles import TILES
 from .probe import QUESTIONS, Finding, ask
 
-__all__ = ["Check", "Report", "as_text", "examine", "gather", "judge"]
+__all__ = ["INSTALL_COMPILER", "Check", "Report", "as_text", "examine", "gather", "judge"]
 
 _TIMEOUT = 30.0
 
@@ -179,7 +179,8 @@ def _environment() -> Finding:
 # ------------------------------------------------------------------------------------------------------------
 # Judging it
 
-_CXX = "sudo apt install g++  (dnf install gcc-c++; conda install -c conda-forge gxx)"
+#: What to type for a C++ compiler.
+INSTALL_COMPILER = "sudo apt install g++  (dnf install gcc-c++; conda install -c conda-forge gxx)"
 _MAC = "nothing: NVIDIA has no GPUs for macOS"
 
 
@@ -206,7 +207,10 @@ def judge(found: Mapping[str, Finding], system: str) -> Report:
             _MAC if is_mac else f"pip install 'cupyflash[{extra if devices else 'nvrtc'}]'",
             "the backend cuda; compiling kernels without a GPU",
         ),
-        "C++ compiler": (_CXX if is_linux else "nothing here: the emulator runs on Linux", "the backend emulator"),
+        "C++ compiler": (
+            INSTALL_COMPILER if is_linux else "nothing here: the emulator runs on Linux",
+            "the backend emulator",
+        ),
         "kernel cache": (
             "export CUPYFLASH_CACHE=$HOME/cupyflash-cache  (a folder of your own)",
             "compiled kernels last only as long as a process, or can't be kept at all",

@@ -87,6 +87,14 @@ void wgmma_commit(Site);
 void wgmma_wait(int pending_groups, Site);
 void set_max_registers(int registers, bool increase, Site);
 
+// Whether this launch has an observer: asked before anything is gathered for it.
+extern bool observing;
+struct Bytes {
+  const void* data;
+  std::size_t count;
+};
+void observe(const char* event, const Bytes* parts, std::size_t num_parts);
+
 }  // namespace emulator
 
 #pragma GCC visibility pop

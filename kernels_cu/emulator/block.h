@@ -47,6 +47,14 @@ struct LaunchOptions {
   std::int32_t workers;
 };
 
+// What stands before the bytes of an observation. Python reads it: cupyflash/backends/emulator.py.
+struct ObservationHeader {
+  std::uint32_t num_bytes;  // that follow
+  std::uint32_t block;
+  std::uint32_t thread;
+  char event[20];
+};
+
 struct Warp;
 struct Block;
 
@@ -155,6 +163,7 @@ struct Block {
   std::byte* shared = nullptr;  // what address kSharedBase names
   RaceDetector races;
   Counters counters;
+  std::vector<std::byte> observations;  // of the launch, in the order in which they were made
   Random random;
   int last_warp = 0;
   bool failed = false;

@@ -67,7 +67,8 @@ class BlockOrder {
 extern "C" int cupyflash_emulator_launch(const CupyflashKernel* kernel, const std::uint32_t grid[3],
                                          std::uint32_t num_threads, std::uint32_t shared_bytes, void** arguments,
                                          const emulator::LaunchOptions* options, emulator::Counters* counters,
-                                         char* report, std::size_t report_bytes) {
+                                         void (*observer)(const void* data, std::size_t bytes), char* report,
+                                         std::size_t report_bytes) {
   using namespace emulator;
   const std::lock_guard<std::mutex> lock(launch_mutex);
   const std::uint64_t num_blocks = static_cast<std::uint64_t>(grid[0]) * grid[1] * grid[2];
@@ -100,6 +101,7 @@ extern "C" int cupyflash_emulator_launch(const CupyflashKernel* kernel, const st
   const auto work = [&](Block& block) {
     const AlternateStack alternate_stack;
     block.counters = {};
+    block.observations.clear();
     block.races.reset(options->race_detector != 0, shared_bytes);
     for (std::uint64_t n = next++; n < num_blocks && !launch.stopped; n = next++) {
       const std::uint64_t b = order(n);
@@ -115,6 +117,7 @@ extern "C" int cupyflash_emulator_launch(const CupyflashKernel* kernel, const st
   const auto wanted = static_cast<std::uint64_t>(options->workers < 1 ? 1 : options->workers);
   const auto num_workers = static_cast<std::size_t>(wanted < num_blocks ? wanted : num_blocks);
   while (workers.size() < num_workers) workers.push_back(std::make_unique<Block>());
+  observing = observer != nullptr;
   {
     const FaultHandlers fault_handlers;
     std::vector<std::thread> others;
@@ -124,6 +127,9 @@ extern "C" int cupyflash_emulator_launch(const CupyflashKernel* kernel, const st
   }
   *counters = {};
   for (std::size_t w = 0; w < num_workers; ++w) counters->add(workers[w]->counters);
+  for (std::size_t w = 0; observing && w < num_workers; ++w) {
+    observer(workers[w]->observations.data(), workers[w]->observations.size());
+  }
 
   const std::string overrun = check_filling();
   if (reason.empty()) reason = overrun;

@@ -6,6 +6,7 @@
 #include "memory.cpp"
 #include "synchronize.cpp"
 #include "access.cpp"
+#include "observe.cpp"
 #include "mbarrier.cpp"
 #include "bulk.cpp"
 #include "matrix.cpp"

@@ -41,7 +41,7 @@ def test_python_runs_and_comments_hold(
     monkeypatch.setattr(registry, "_backends", dict(registry._backends))  # pages may register others
     for library in sorted(documents.imported(text)):
         pytest.importorskip(library, reason=f"{library} is not installed")
-    if re.search(r'backend="emulator"|backends\.emulator', text):
+    if re.search(r'backend="emulator"|backends\.emulator|tools\.trace', text):
         request.getfixturevalue("cxx")
     if "import cupy\n" in text:
         request.getfixturevalue("math_on_cuda")  # on the stand-in
@@ -54,6 +54,8 @@ def test_commands_work(page: str, tmp_path: Path, request: pytest.FixtureRequest
     text = read(page)
     if "python -m cupyflash kernels" in text:
         request.getfixturevalue("nvrtc")
+    if "python -m cupyflash trace" in text:
+        request.getfixturevalue("cxx")
     sessions = [block for block in pages.blocks(text) if block.language == "sh" and "gdb " in block.text]
     if sessions:
         request.getfixturevalue("cxx")

@@ -111,7 +111,7 @@ def test_the_isa_layer_is_one_text():
     text = flatten(read_kernel("isa.cuh"), "kernels_cu/isa.cuh")
     assert text.count("mma.sync.aligned.m16n8k16.row.col.f32.f16") == 1
     assert "#pragma once" not in text
-    assert re.findall(r'#include\s+"(.*)"', text) == ["emulator/isa_host.h"]
+    assert re.findall(r'#include\s+"(.*)"', text) == ["emulator/isa_host.h", "emulator/observe.h"]
 
 
 def test_rules_of_the_folder(kernels_files):

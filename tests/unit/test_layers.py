@@ -86,6 +86,9 @@ ORDER = [
     "tools.kernels",
     "tools.probe",
     "tools.doctor",
+    "tools.sample",
+    "tools.trace",
+    "tools.trace_page",
     "__main__",
 ]
 

@@ -98,6 +98,7 @@ def test_wheel_contents(wheel: Path) -> None:
     package = ROOT / "cupyflash"
     expected = {f"cupyflash/{path.relative_to(package).as_posix()}" for path in package.rglob("*.py")}
     expected |= {f"cupyflash/kernels_cu/{name}" for name in SOURCES} | {"cupyflash/py.typed"}
+    expected |= {"cupyflash/tools/trace.html"}
     assert names == expected
     assert "cupyflash/kernels_cu/philox.cuh" in names
 
