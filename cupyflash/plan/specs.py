@@ -316,6 +316,8 @@ class Plan:
         Bytes at whose multiples the kernels need rows to begin: at least an element's, since strides count elements.
     weights_parts : int
         Blocks that share the keys of each tile of weights.
+    section : int
+        Heads, or groups of heads that share tiles, whose tiles of queries are taken together: kernels_cu/work.cuh.
     """
 
     launches: tuple[Launch, ...]
@@ -323,6 +325,7 @@ class Plan:
     pack: int = 1
     row_alignment: int = 1
     weights_parts: int = 1
+    section: int = 1
 
     @cached_property
     def takes_maps(self) -> bool:

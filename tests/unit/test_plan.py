@@ -22,6 +22,7 @@ from cupyflash.plan.choose import (
     num_splits,
     pack_of,
     refusals,
+    section_of,
     selector_of,
 )
 from cupyflash.plan.device import DEVICES, EMULATOR, DeviceSpec
@@ -273,6 +274,38 @@ def test_no_part_is_empty_and_none_is_without_a_key() -> None:
         parts = num_splits(num_tiles, num_key_tiles, slots)
         assert 1 <= parts <= num_key_tiles
         assert math.ceil(num_key_tiles / math.ceil(num_key_tiles / parts)) == parts
+
+
+@pytest.mark.parametrize(
+    ("num_families", "num_tiles", "num_bytes", "section"),
+    [
+        (16, 16, 1 << 20, 16),  # all of them fit
+        (16, 32, 2 << 20, 8),  # 12 would, but then 4 were left
+        (16, 128, 8 << 20, 2),  # 3 would
+        (8, 256, 16 << 20, 2),  # two make two waves of 132
+        (7, 128, 8 << 20, 3),  # no number but 1 divides 7: 3, 3 and 1
+        (64, 1, 4 << 20, 64),  # too few tiles for two waves
+        (3, 5, 0, 3),  # no keys
+    ],
+)
+def test_sections(num_families: int, num_tiles: int, num_bytes: int, section: int) -> None:
+    assert section_of(num_families, num_tiles, num_bytes, 132, 50 << 20) == section
+
+
+def test_heads_that_share_keys_are_of_one_section() -> None:
+    causal = {"band": Band(None, 0), "seqlen_q": 8192, "seqlen_k": 8192}
+    # 64 heads on 8 of keys, of 4 MiB each: two sections of four.
+    grouped = problem(batch=1, heads=64, num_heads_k=8, num_heads_v=8, **causal)
+    assert choose(grouped, H200).section == 32
+    # Values of their own for each head are 2 MiB more for 7 of 8.
+    assert choose(problem(batch=1, heads=64, num_heads_k=8, num_heads_v=64, **causal), H200).section == 8
+    # A window's keys alone are in use.
+    assert choose(replace(grouped, band=Band(-1023, 0)), H200).section == 64
+    # Where all tiles see the same keys their order is that of the heads.
+    assert choose(replace(grouped, band=Band(None, None)), H200).section == 1
+    # Tiles of packed heads: a section of groups.
+    packed = problem(batch=16, heads=64, num_heads_k=8, num_heads_v=8, band=Band(None, 0), seqlen_q=33, seqlen_k=33)
+    assert (choose(packed, H200).pack, choose(packed, H200).section) == (8, 128)
 
 
 def test_a_gpu_without_kernels_is_named_with_the_way_out() -> None:
