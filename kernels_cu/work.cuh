@@ -111,6 +111,12 @@ struct FwdWork {
     return {group / num_groups, group % num_groups * pack, tile * Config::kBlockM, split};
   }
 
+  template <class Config>
+  static __device__ __forceinline__ int num_items(const FwdParams& params) {
+    const int num_groups = params.num_heads_q / heads_per_tile<Config>(params);
+    return params.batch_size * num_groups * tiles_per_head<Config>(params) * params.num_splits;
+  }
+
   // Tiles of rows of a head, or of heads that are packed.
   template <class Config>
   static __device__ __forceinline__ int tiles_per_head(const FwdParams& params) {
@@ -157,4 +163,35 @@ struct FwdWork {
     const long long entry = static_cast<long long>(split) * params.batch_size + batch;
     return (entry * params.num_heads_q + head + row % pack) * params.seqlen_q + row / pack;
   }
+};
+
+// The items of a block. A grid may be as large as their number, or smaller: then a block takes one item of every round
+// over the order, and every other round goes backwards. Where lengths fall and do not jump, blocks get about the same.
+//
+//     grid = 3:   block 0   items 0 5 6 11 ..
+//                 block 1         1 4 7 10 ..
+//                 block 2         2 3 8  9 ..
+struct Items {
+  u32 round = 0;
+
+  // Unsigned: the last round may lead far beyond the last item.
+  __device__ __forceinline__ u32 place() const {
+    const u32 grid = isa::grid_size_x();
+    const u32 block = isa::block_index_x();
+    return round * grid + (round % 2 == 0 ? block : grid - 1 - block);
+  }
+
+  __device__ __forceinline__ int item() const { return static_cast<int>(place()); }
+
+  // Without kPersists the grid is as large as their number.
+  template <class Config, bool kPersists>
+  __device__ __forceinline__ bool are_left(const FwdParams& params) const {
+    if constexpr (!kPersists) {
+      return round == 0;
+    } else {
+      return place() < static_cast<u32>(FwdWork::num_items<Config>(params));
+    }
+  }
+
+  __device__ __forceinline__ void advance() { ++round; }
 };

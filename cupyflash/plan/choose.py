@@ -297,16 +297,21 @@ def _plan_for_keys(queries: _Queries, num_key_tiles: int, section: int) -> Plan:
 
 @lru_cache(maxsize=4096)
 def _plan(queries: _Queries, splits: int, section: int) -> Plan:
-    spec, pack, num_tiles = queries.spec, queries.pack, queries.num_tiles
+    spec, pack = queries.spec, queries.pack
     row_alignment = FAMILIES[spec.family].row_alignment(dtype_named(spec.dtype).storage.itemsize)
+    forward = _launch(spec, queries.num_tiles * splits, queries.slots)
     if splits == 1:
-        return Plan((Launch(spec, (num_tiles,)),), 1, pack, row_alignment, section=section)
+        return Plan((forward,), 1, pack, row_alignment, section=section)
     combine = CombineSpec(spec.dtype)
-    launches = (
-        Launch(spec, (num_tiles * splits,)),
-        Launch(combine, (math.ceil(queries.num_rows / combine.rows_per_block),)),
-    )
+    launches = (forward, Launch(combine, (math.ceil(queries.num_rows / combine.rows_per_block),)))
     return Plan(launches, splits, pack, row_alignment, section=section)
+
+
+def _launch(spec: FwdSpec, num_items: int, slots: int) -> Launch:
+    """With a block for each item of work, or no more blocks than the device runs at once."""
+    if spec.persists and num_items > slots:
+        return Launch(spec, (slots,), num_items)
+    return Launch(spec, (num_items,))
 
 
 @lru_cache(maxsize=512)

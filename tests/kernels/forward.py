@@ -78,11 +78,14 @@ def guarded_rows(shape, dtype, name):
     return whole, whole[..., : shape[-1]]
 
 
-def launch_arguments(spec, q, k, v, out, lse, lower=0, upper=0, scale=None, num_splits=1, partial=None, section=2):
+def launch_arguments(
+    spec, q, k, v, out, lse, lower=0, upper=0, scale=None, num_splits=1, partial=None, section=2, blocks=None
+):
     """The parameter block and the grid. q, k, v, out: (batch, head, row, element), elements contiguous.
 
     With `spec.packed` all heads that share a key and a value head are packed; `partial` is (partial_out, partial_lse).
-    Sections of two leave some short, and most problems several.
+    Sections of two leave some short, and most problems several. At most so many `blocks`, each of which takes several
+    items; None: a block for each.
     """
     params = np.zeros((), FWD_PARAMS)
     for name, array in (("q", q), ("k", k), ("v", v), ("out", out)):
@@ -105,7 +108,8 @@ def launch_arguments(spec, q, k, v, out, lse, lower=0, upper=0, scale=None, num_
     params["scale"] = max(head_dim, 1) ** -0.5 if scale is None else scale
     block_m = 16 * spec.num_warps
     num_tiles = -(-seqlen_q * pack // block_m) * (num_heads_q // pack) * batch_size
-    return params[()], (num_tiles * num_splits,)
+    num_items = num_tiles * num_splits
+    return params[()], (num_items if blocks is None else min(blocks, num_items),)
 
 
 def maps(spec, *arrays):

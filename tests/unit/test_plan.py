@@ -50,7 +50,7 @@ def test_a_plan_reads_like_this() -> None:
     (launch,) = choose(problem(dtype="bfloat16", band=Band(None, 0)), A100).launches
     assert str(launch) == "fwd_sm80-bf16-d128-m128n64w8-causal grid=1024 block=256 shared=49152"
     (launch,) = choose(problem(dtype="bfloat16", band=Band(None, 0)), H200).launches
-    assert str(launch) == "fwd_sm90-bf16-d128-m128n128w12qs2-causal grid=1024 block=384 shared=163912"
+    assert str(launch) == "fwd_sm90-bf16-d128-m128n128w12qs2-causal grid=132 items=1024 block=384 shared=163936"
 
 
 @pytest.mark.parametrize(
@@ -308,6 +308,23 @@ def test_heads_that_share_keys_are_of_one_section() -> None:
     assert (choose(packed, H200).pack, choose(packed, H200).section) == (8, 128)
 
 
+@pytest.mark.usefixtures("splits")
+def test_blocks_that_take_one_item_after_another() -> None:
+    """Where there are more items than the device runs blocks, and the kernel can; splits are items of their own."""
+    for changes, blocks, items in (
+        ({"heads": 32}, 132, 2 * 32 * 32),
+        ({"batch": 1, "heads": 4}, 128, 0),
+        ({"batch": 3, "heads": 1, "seqlen_q": 128, "seqlen_k": 16384}, 129, 0),  # 43 parts
+        ({"heads": 32, "softcap": 30.0}, 2 * 32 * 32, 0),
+    ):
+        launch = choose(problem(**changes), H200).launches[0]
+        assert isinstance(launch.spec, FwdSpec)
+        assert launch.spec.family == "fwd_sm90"
+        assert (launch.grid, launch.items) == ((blocks,), items)
+    launch = choose(problem(), A100).launches[0]
+    assert (launch.grid, launch.items) == ((2 * 16 * 32,), 0)
+
+
 def test_a_gpu_without_kernels_is_named_with_the_way_out() -> None:
     with pytest.raises(
         cupyflash.Unsupported, match=r"no kernel runs on V100: .* 7\.5 .* V100 has 7\.0.*backend=\"math\""
@@ -414,7 +431,7 @@ def test_illegal_tiles(tile: TileConfig, reason: str) -> None:
         (TileConfig(128, 72, 12, False, 2), "16 to 256 keys, in steps of 16"),
         (TileConfig(128, 64, 12, False, 1), "the ring has two stages or more"),
         (TileConfig(128, 64, 12, True, 2), "queries are read from shared memory"),
-        (TileConfig(128, 128, 12, False, 4), "takes 295048 bytes of shared memory at head dims 128 and 128, H200 has"),
+        (TileConfig(128, 128, 12, False, 4), "takes 295072 bytes of shared memory at head dims 128 and 128, H200 has"),
     ],
 )
 def test_illegal_tiles_of_hopper(tile: TileConfig, reason: str) -> None:
