@@ -14,10 +14,11 @@ changes the scores.  Each instruction goes to a pipe of the SM, and a pipe does 
     shared   bytes to and from shared memory and L1; for wgmma the operands that it reads, and the tiles that TMA writes
     issue    every instruction, four in a cycle                      fp64        double arithmetic
 
-The pipe that needs the most cycles is the limit.  Steps are dealt out to SMs as blocks would be, so half-empty waves
-and the uneven rows of causal masks count.  L2 has to deliver each block's operands, DRAM each operand once, and every
-launch takes `LAUNCH_SECONDS`.  Two times come of it: one in which everything overlaps, which no kernel beats, and one
-in which products and softmax take turns.  Neither knows of latencies, bank conflicts or power: under load, clocks fall.
+The pipe that needs the most cycles is the limit.  Steps are dealt out to SMs as blocks and their items would be, so
+half-empty waves and the uneven rows of causal masks count.  L2 has to deliver each block's operands, DRAM each operand
+once, and every launch takes `LAUNCH_SECONDS`.  Two times come of it: one in which everything overlaps, which no kernel
+beats, and one in which products and softmax take turns.  Neither knows of latencies, bank conflicts or power: under
+load, clocks fall.
 """
 
 from __future__ import annotations
@@ -377,11 +378,29 @@ def tiles_of_keys(problem: Problem, spec: FwdSpec, pack: int) -> list[int]:
     return counts
 
 
-def longest_sm(blocks: Sequence[int], sms: int) -> int:
-    """The most tiles of keys that an SM gets, if each block in turn goes to the SM that has the fewest."""
-    loads = [0] * min(sms, max(1, len(blocks)))
-    for block in blocks:
-        heapq.heapreplace(loads, loads[0] + block)
+def in_order(per_tile: Sequence[int], heads: int, section: int) -> list[int]:
+    """The tiles of keys of every tile of queries, in the order of FwdWork::of_tile with an upper bound."""
+    found: list[int] = []
+    firsts = range(0, heads, section)
+    for first in firsts:
+        begins_with_longest = (firsts[-1] - first) // section % 2 == 0
+        for count in reversed(per_tile) if begins_with_longest else per_tile:
+            found += [count] * min(section, heads - first)
+    return found
+
+
+def longest_sm(items: Sequence[int], sms: int, blocks: int | None = None) -> int:
+    """The most tiles of keys that an SM gets, if each item in turn goes to the SM that has the fewest.
+
+    With so many blocks for all of them, if each takes those that Items (kernels_cu/work.cuh) says.
+    """
+    loads = [0] * min(sms, max(1, len(items)))
+    for number, item in enumerate(items):
+        if blocks is None:
+            heapq.heapreplace(loads, loads[0] + item)
+        else:
+            turn, place = divmod(number, blocks)
+            loads[(place if turn % 2 == 0 else blocks - 1 - place) % sms] += item
     return max(loads)
 
 
@@ -416,11 +435,11 @@ def predict(problem: Problem, device: DeviceSpec, rates: Rates, plan: Plan | Non
     limit = limit_of(cycles)
 
     per_tile = tiles_of_keys(problem, spec, plan.pack)
-    if spec.features.has_upper:
-        per_tile.reverse()  # as in FwdWork::of_block
     heads = problem.batch_size * problem.num_heads_q // plan.pack
-    blocks = [math.ceil(count / plan.num_splits) for count in per_tile for _ in range(plan.num_splits)] * heads
-    steps = longest_sm(blocks, device.sms)
+    tiles = in_order(per_tile, heads, plan.section) if spec.features.has_upper else per_tile * heads
+    items = [math.ceil(count / plan.num_splits) for count in tiles for _ in range(plan.num_splits)]
+    forward = plan.launches[0]
+    steps = longest_sm(items, device.sms, forward.grid[0] if forward.items else None)
 
     itemsize = dtype_named(spec.dtype).storage.itemsize
     dims = problem.head_dim + problem.head_dim_v
@@ -428,7 +447,7 @@ def predict(problem: Problem, device: DeviceSpec, rates: Rates, plan: Plan | Non
     keys = problem.batch_size * problem.seqlen_k
     kept = keys * (problem.num_heads_k * problem.head_dim + problem.num_heads_v * problem.head_dim_v) * itemsize
     partial = 2 * plan.num_splits * rows * problem.head_dim_v * 4 if plan.num_splits > 1 else 0
-    delivered = sum(blocks) * spec.tile.block_n * dims * itemsize + rows * dims * itemsize + partial
+    delivered = sum(items) * spec.tile.block_n * dims * itemsize + rows * dims * itemsize + partial
     hertz = rates.clock * 1e9
     times = {pipe: steps * number / hertz for pipe, number in cycles.items()}
     times["L2"] = delivered / (rates.l2 * device.sms * hertz)

@@ -102,7 +102,7 @@ def explain(*args: Any, device: str | DeviceSpec | None = None, **kwargs: Any) -
       cupy float16 batch (1,) heads 8/8/8 L=2048 S=2048 E=64 Ev=64
       scale=0.125, keys j with j - i <= 0
     launches
-      fwd_sm90-f16-d64-m128n128w12qs2-causal: 128 blocks of 384 threads, 80.07 KiB of shared memory each
+      fwd_sm90-f16-d64-m128n128w12qs2-causal: 128 blocks of 384 threads, 80.09 KiB of shared memory each
     ...
     copies
       key: rows are not contiguous: 4 bytes between elements of 2; 2 MiB
@@ -237,12 +237,17 @@ def _launches(found: Explanation, plan: Plan, device: DeviceSpec) -> list[str]:
         lines.append(f"  {launch.spec}: {launch.grid[0]} blocks of {launch.block[0]} threads{shared}")
     if not plan.launches:
         return [*lines, "  none: there is nothing to compute"]
-    spec = plan.launches[0].spec
+    forward = plan.launches[0]
+    spec = forward.spec
     assert isinstance(spec, FwdSpec)
     tile, family = spec.tile, FAMILIES[spec.family]
     per_sm = blocks_per_sm(spec, device)
     at_once = f"{per_sm} block{'s' * (per_sm > 1)} at once on an SM"
-    waves = plan.launches[0].grid[0] / (per_sm * device.sms)
+    waves = (forward.items or forward.grid[0]) / (per_sm * device.sms)
+    rounds = f"{forward.grid[0]} blocks, {forward.items} items in {waves:.2f} rounds"
+    grid = rounds if forward.items else f"{waves:.2f} waves of blocks"
+    together = f"{plan.section} {'groups of ' * (plan.pack > 1)}heads"
+    order = f"; tiles of {together} in the order of their lengths" if plan.section > 1 else ""
     splits = f"the keys of a tile of queries are divided among {plan.num_splits} blocks"
     if plan.num_splits > 1:
         problem = found.problem
@@ -256,7 +261,7 @@ def _launches(found: Explanation, plan: Plan, device: DeviceSpec) -> list[str]:
     return [
         *lines,
         f"  tile: {tile.block_m} queries by {tile.block_n} keys at a time, {tile.num_warps} warps; {packing}",
-        f"  grid: {at_once}, {waves:.2f} waves of blocks",
+        f"  grid: {at_once}, {grid}{order}",
         f"  splits: {splits}",
     ]
 

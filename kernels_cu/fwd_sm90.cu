@@ -20,7 +20,7 @@
 //     the rest                       | max, exp, sum of S(j)  | O's rescaling, P(j) packed
 //
 // O is rescaled only where some row's maximum has grown by much (softmax.cuh). As compiled, a whole tile of 128 keys
-// takes a warp 456 instructions at head dim 128, 392 if O is not rescaled, and all its exponentials stand where the
+// takes a warp 465 instructions at head dim 128, 401 if O is not rescaled, and all its exponentials stand where the
 // picture has them: tests/compile/test_hopper.py.
 //
 // With kOverlap off (what changes scores takes the registers that overlapping does) both products are waited for before
@@ -28,6 +28,13 @@
 //
 // With kPingPong warpgroups take turns at starting their products, so that one's products come together while another's
 // softmax runs. FlashAttention-3 has lost by it where a warpgroup overlaps with itself: up to 4 % on an H200 at 128.
+//
+// What overlaps from one item to the next: the copying warp runs ahead by as much as the ring holds, and the next item's
+// first K is there while O leaves; a warpgroup that is through with its rows gets the next Q while others compute. The
+// launch says how many blocks there are, as many as run at once or one for each item: Items (work.cuh) says which block
+// takes which. With kPersists off there is one for each: what changes scores, or gathers packed rows, takes the registers
+// that a loop of items does; and where masks leave out tiles nobody knows what an item takes before it is done, so that
+// the hardware deals them out better.
 //
 // Shared memory, in panels of 64 or 32 columns (warpgroup.cuh): a ring of kStages tiles of K, another one of V.
 //
@@ -37,13 +44,16 @@
 // gives every thread the same number; the copying warpgroup hands most of its own to the others, whose threads keep
 // O kHeadDimV / 2, S kBlockN / 2, and P kBlockN / 4.
 //
-// Who waits for what (barriers of shared memory, a phase for every use of a stage):
+// Who waits for what (barriers of shared memory, a phase for every use of a place; all are carried from item to item):
 //
 //     event                    who waits           how                            what it protects
 //     barriers initialised     every thread        fence_mbarrier_init,           their use by copies and threads
 //                                                  sync_threads
-//     Q arrived                every warpgroup     mbarrier q_full                reading q_smem
-//     the same, packed         the warpgroup       cp_async_wait,                 the same: no map describes packed
+//     the last O has left, and the copying warp    mbarrier q_empty of the        overwriting q_smem, where O was
+//     Q is asked for                               warpgroup
+//     Q arrived                the warpgroup       mbarrier q_full of the         reading q_smem
+//                                                  warpgroup
+//     Q arrived, packed        the warpgroup       cp_async_wait,                 reading q_smem: no map describes packed
 //                                                  fence_proxy_async, barrier     rows, so their warpgroup copies them
 //     K(j) arrived             every warpgroup     mbarrier k_full of the stage   reading k_smem
 //     V(j) arrived             every warpgroup     mbarrier v_full of the stage   reading v_smem
@@ -54,8 +64,9 @@
 //     V(j-1) read by all       the copying warp    mbarrier v_empty of the stage  overwriting v_smem
 //     turn to start products   the warpgroup       barrier of the warpgroup       nothing: it saves time (kPingPong)
 //     O staged                 the warp's lanes    fence_proxy_async, sync_warp   copying o_smem out, by map
-//     O read                   the copying lane    bulk_wait_read                 the end of shared memory
-//     the same, packed         the warp's lanes    sync_warp                      reading o_smem, chunk by chunk
+//     O read                   the copying lane    bulk_wait_read                 asking for Q, staging the next O, the
+//                                                                                 end of shared memory
+//     O staged, packed         the warp's lanes    sync_warp                      reading o_smem, chunk by chunk
 //
 // Not supported: arrays that no tensor map describes (build/bulk.py says which).
 #include "isa.cuh"
@@ -75,6 +86,7 @@ struct Traits {
   static constexpr bool kChangesScores = ScoreFeatures<Config>::kAny;
   static constexpr bool kOverlap = !kChangesScores && !Config::kDropout;
   static constexpr bool kPingPong = Config::kPingPong && kConsumers > 1;
+  static constexpr bool kPersists = kOverlap && !Config::kPacked;
   using QTile = PanelTile<64, Config::kHeadDim>;
   using KTile = PanelTile<Config::kBlockN, Config::kHeadDim>;
   using VTile = PanelTile<Config::kBlockN, Config::kHeadDimV>;
@@ -97,7 +109,7 @@ struct SharedStorage {
   static constexpr int kK = Traits::kConsumers * kQBytes;
   static constexpr int kV = kK + Traits::kStages * Traits::KTile::kBytes;
   static constexpr int kBarriers = kV + Traits::kStages * Traits::VTile::kBytes;
-  static constexpr int kBytes = kBarriers + 8 * (1 + 4 * Traits::kStages);
+  static constexpr int kBytes = kBarriers + 8 * (2 * Traits::kConsumers + 4 * Traits::kStages);
 
   static __device__ __forceinline__ u32 at(int offset) { return isa::shared_base() + static_cast<u32>(offset); }
   static __device__ __forceinline__ u32 q(int consumer) { return at(consumer * kQBytes); }
@@ -105,11 +117,12 @@ struct SharedStorage {
   static __device__ __forceinline__ u32 k(int stage) { return at(kK + stage * Traits::KTile::kBytes); }
   static __device__ __forceinline__ u32 v(int stage) { return at(kV + stage * Traits::VTile::kBytes); }
 
-  static __device__ __forceinline__ u32 q_full() { return at(kBarriers); }
-  static __device__ __forceinline__ u32 k_full(int stage) { return at(kBarriers + 8 * (1 + stage)); }
+  static __device__ __forceinline__ u32 k_full(int stage) { return at(kBarriers + 8 * stage); }
   static __device__ __forceinline__ u32 k_empty(int stage) { return k_full(stage + Traits::kStages); }
   static __device__ __forceinline__ u32 v_full(int stage) { return k_full(stage + 2 * Traits::kStages); }
   static __device__ __forceinline__ u32 v_empty(int stage) { return k_full(stage + 3 * Traits::kStages); }
+  static __device__ __forceinline__ u32 q_full(int consumer) { return k_full(consumer + 4 * Traits::kStages); }
+  static __device__ __forceinline__ u32 q_empty(int consumer) { return q_full(consumer + Traits::kConsumers); }
 };
 static_assert(SharedStorage::kBytes == Config::kSharedBytes, "the launch asks for what the kernel uses");
 
@@ -150,47 +163,65 @@ struct Maps {
 };
 
 // -----------------------------------------------------------------------------------------------------------
-// The thread that copies: Q, then K(0), K(1), V(0), K(2), V(1), ... as stages become free. Q is read once, K and V by
-// the blocks of all the other queries too.
+// The thread that copies: K(0), Q, K(1), V(0), K(2), V(1), ... as their places become free, item after item, where there
+// are keys. Q is read once, K and V by the blocks of all the other queries too.
 
-__device__ __forceinline__ void copy_tiles(const FwdParams& params, const FwdWork& work, const Maps& maps,
-                                           KeyWalk walk) {
-  if (walk.is_over()) return;
-  const u64 once = isa::l2_evict_first();
-  const u64 again = isa::l2_evict_last();
-  const BulkPlace k_place = BulkPlace::of(params.k, work.head / params.group_size_k, work.batch);
-  const BulkPlace v_place = BulkPlace::of(params.v, work.head / params.group_size_v, work.batch);
-  const auto copy_k = [&](int tile, Stage stage) {
-    isa::mbarrier_wait(SharedStorage::k_empty(stage.index), stage.parity ^ 1);
-    const u32 full = SharedStorage::k_full(stage.index);
-    isa::mbarrier_arrive_expect_tx(full, Traits::KTile::kBytes);
-    load_panels<Traits::KTile>(SharedStorage::k(stage.index), maps.k, k_place, tile * Config::kBlockN, full, again);
-  };
-  const auto copy_v = [&](int tile, Stage stage) {
-    isa::mbarrier_wait(SharedStorage::v_empty(stage.index), stage.parity ^ 1);
-    const u32 full = SharedStorage::v_full(stage.index);
-    isa::mbarrier_arrive_expect_tx(full, Traits::VTile::kBytes);
-    load_panels<Traits::VTile>(SharedStorage::v(stage.index), maps.v, v_place, tile * Config::kBlockN, full, again);
-  };
-
-  if constexpr (!Config::kPacked) {
-    const BulkPlace q_place = BulkPlace::of(params.q, work.head, work.batch);
-    isa::mbarrier_arrive_expect_tx(SharedStorage::q_full(), Traits::kConsumers * Traits::QTile::kBytes);
+__device__ __forceinline__ void copy_q(const FwdParams& params, const FwdWork& work, const TensorMap& map, u32 parity) {
+  const BulkPlace place = BulkPlace::of(params.q, work.head, work.batch);
 #pragma unroll
-    for (int consumer = 0; consumer < Traits::kConsumers; ++consumer) {
-      const int row = work.row_begin + 64 * consumer;
-      load_panels<Traits::QTile>(SharedStorage::q(consumer), maps.q, q_place, row, SharedStorage::q_full(), once);
-    }
+  for (int consumer = 0; consumer < Traits::kConsumers; ++consumer) {
+    isa::mbarrier_wait(SharedStorage::q_empty(consumer), parity);
+    const u32 full = SharedStorage::q_full(consumer);
+    isa::mbarrier_arrive_expect_tx(full, Traits::QTile::kBytes);
+    const int row = work.row_begin + 64 * consumer;
+    load_panels<Traits::QTile>(SharedStorage::q(consumer), map, place, row, full, isa::l2_evict_first());
   }
+}
+
+__device__ __forceinline__ void copy_k(const TensorMap& map, const BulkPlace& place, int tile, Stage stage) {
+  isa::mbarrier_wait(SharedStorage::k_empty(stage.index), stage.parity ^ 1);
+  const u32 full = SharedStorage::k_full(stage.index);
+  isa::mbarrier_arrive_expect_tx(full, Traits::KTile::kBytes);
+  load_panels<Traits::KTile>(SharedStorage::k(stage.index), map, place, tile * Config::kBlockN, full,
+                             isa::l2_evict_last());
+}
+
+__device__ __forceinline__ void copy_v(const TensorMap& map, const BulkPlace& place, int tile, Stage stage) {
+  isa::mbarrier_wait(SharedStorage::v_empty(stage.index), stage.parity ^ 1);
+  const u32 full = SharedStorage::v_full(stage.index);
+  isa::mbarrier_arrive_expect_tx(full, Traits::VTile::kBytes);
+  load_panels<Traits::VTile>(SharedStorage::v(stage.index), map, place, tile * Config::kBlockN, full,
+                             isa::l2_evict_last());
+}
+
+__device__ __forceinline__ void copy_items(const FwdParams& params, const Maps& maps) {
   Stage stage;
-  copy_k(walk.tile, stage);
-  while (!walk.is_over()) {
-    const int last_tile = walk.tile;
-    const Stage last_stage = stage;
-    walk.advance();
-    stage.advance();
-    if (!walk.is_over()) copy_k(walk.tile, stage);
-    copy_v(last_tile, last_stage);
+  u32 q_parity = 0;
+  for (Items items; items.are_left<Config, Traits::kPersists>(params); items.advance()) {
+    const FwdWork work = FwdWork::of_item<Config>(params, items.item());
+    KeyWalk walk(params, work);
+    if (walk.is_over()) continue;
+    const BulkPlace k_place = BulkPlace::of(params.k, work.head / params.group_size_k, work.batch);
+    const BulkPlace v_place = BulkPlace::of(params.v, work.head / params.group_size_v, work.batch);
+    // Once each in the text: the copying warps have registers for no more.
+    int values_of = -1;  // the tile whose keys are on their way, and its values not yet
+    Stage values_stage;
+    do {
+      const bool has_keys = !walk.is_over();
+      if (has_keys) copy_k(maps.k, k_place, walk.tile, stage);
+      if (values_of >= 0) {
+        copy_v(maps.v, v_place, values_of, values_stage);
+      } else {
+        if constexpr (!Config::kPacked) copy_q(params, work, maps.q, q_parity);
+      }
+      values_of = has_keys ? walk.tile : -1;
+      values_stage = stage;
+      if (has_keys) {
+        walk.advance();
+        stage.advance();
+      }
+    } while (values_of >= 0);
+    q_parity ^= 1;
   }
 }
 
@@ -200,36 +231,60 @@ __device__ __forceinline__ void copy_tiles(const FwdParams& params, const FwdWor
 struct Forward {
   const FwdParams& params;
   const ModArgs& mods;
-  const FwdWork& work;
-  int consumer;  // which of them
-  int row;       // the first of the warp's rows
   float scale_log2;
   Stage stage;       // of the tile in hand
   Stage last_stage;  // of the one before, whose values are still to come
+  u32 q_parity;
 
+  // Of the item in hand.
+  FwdWork work;
+  int consumer;  // which warpgroup
+  int row;       // the first of the warp's rows
   float o_frag[Traits::kOutTiles][4];
   u32 p_frag[Config::kBlockN / 16][4];
   RowState state;
 
-  __device__ __forceinline__ Forward(const FwdParams& params, const ModArgs& mods, const FwdWork& work)
+  __device__ __forceinline__ Forward(const FwdParams& params, const ModArgs& mods)
       : params(params),
         mods(mods),
-        work(work),
-        consumer(consumer_index()),
-        row(work.row_begin + 16 * (isa::warp_index() - 4)),
         scale_log2(static_cast<float>(params.scale) * kLog2E),
-        state(RowState::start()) {
+        q_parity(0),
+        consumer(consumer_index()) {}
+
+  // The compiler sees that all lanes have the same only of what came from one of them. Descriptors then stay in the
+  // registers from which wgmma takes them; where it does not see it, after a loop around the loop, it has every product
+  // waited for by itself.
+  static __device__ __forceinline__ u32 of_all_lanes(u32 value) { return isa::shuffle_idx(value, 0); }
+  static __device__ __forceinline__ int consumer_index() {
+    return static_cast<int>(of_all_lanes(isa::warp_index() / 4 - 1));
+  }
+  static __device__ __forceinline__ int first_row(const FwdWork& work) {
+    return work.row_begin + 16 * (isa::warp_index() - 4);
+  }
+
+  __device__ __forceinline__ void run(const TensorMap& out_map) {
+    if (consumer == Traits::kConsumers - 1) pass_turn();  // the first one has the first turn
+    for (Items items; items.are_left<Config, Traits::kPersists>(params); items.advance()) {
+      begin(items.item());
+      compute(KeyWalk(params, work));
+      finish(items.item(), out_map);
+    }
+    if (consumer == 0) await_turn();  // the last one has passed on a turn that nobody takes
+  }
+
+  __device__ __forceinline__ void begin(int item) {
+    if constexpr (Traits::kPersists) {
+      consumer = consumer_index();
+      stage = {static_cast<int>(of_all_lanes(stage.index)), of_all_lanes(stage.parity)};
+    }
+    work = FwdWork::of_item<Config>(params, item);
+    row = first_row(work);
+    state = RowState::start();
 #pragma unroll
     for (int n = 0; n < Traits::kOutTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) o_frag[n][i] = 0.0f;
     }
-  }
-
-  // The compiler sees that all lanes have the same only of what came from one of them: descriptors then stay in the
-  // registers from which wgmma takes them.
-  static __device__ __forceinline__ int consumer_index() {
-    return static_cast<int>(isa::shuffle_idx(static_cast<u32>(isa::warp_index() / 4 - 1), 0));
   }
 
   // Packed rows are copied by the warpgroup that reads them.
@@ -243,7 +298,9 @@ struct Forward {
       isa::fence_proxy_async();              // what this thread has written, to be read by wgmma,
       isa::barrier_sync(1 + consumer, 128);  // and what the warpgroup's others have
     } else {
-      isa::mbarrier_wait(SharedStorage::q_full(), 0);
+      if (isa::elect_one()) isa::mbarrier_arrive(SharedStorage::q_empty(consumer));  // this warp's O has left
+      isa::mbarrier_wait(SharedStorage::q_full(consumer), q_parity);
+      q_parity ^= 1;
     }
   }
 
@@ -340,6 +397,7 @@ struct Forward {
     isa::wgmma_fence();
     start_out();
     isa::wgmma_wait<0>();
+    give_back(SharedStorage::v_empty(last_stage.index));
   }
 
   // Tiles to the right that the mask cuts, those that it leaves whole, those to the left that it cuts. Only with an
@@ -348,7 +406,6 @@ struct Forward {
     if (walk.is_over()) return;
     const KeyTiles tiles = walk.tiles;
     receive_q();
-    if (consumer == Traits::kConsumers - 1) pass_turn();  // the first one has the first turn
     first_step(walk.tile, tiles.full_begin <= walk.tile && walk.tile < tiles.full_end, walk.marks.of(walk.tile) == 2);
     walk.advance();
     if constexpr (Traits::kChangesScores) {
@@ -363,12 +420,12 @@ struct Forward {
       }
     }
     last_step();
-    if (consumer == 0) await_turn();  // the last one has passed on a turn that nobody takes
   }
 
-  __device__ __forceinline__ void finish(const TensorMap& out_map) {
+  __device__ __forceinline__ void finish(int item, const TensorMap& out_map) {
     // Found again rather than kept: the loop needs the registers.
-    const FwdWork work = FwdWork::of_block<Config>(params);
+    const FwdWork work = FwdWork::of_item<Config>(params, item);
+    const int row = first_row(work);
     float lse[2];
     normalize<Config>(o_frag, lse, state, params, work, row);
     if (params.num_splits > 1) {
@@ -394,27 +451,28 @@ extern "C" __global__ void __launch_bounds__(Traits::kNumThreads, 1)
                    const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                    const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap out_map) {
   if (isa::thread_index() == 0) {
-    if constexpr (!Config::kPacked) isa::mbarrier_init(SharedStorage::q_full(), 1);
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       isa::mbarrier_init(SharedStorage::k_full(stage), 1);
       isa::mbarrier_init(SharedStorage::v_full(stage), 1);
       isa::mbarrier_init(SharedStorage::k_empty(stage), Traits::kConsumers);
       isa::mbarrier_init(SharedStorage::v_empty(stage), Traits::kConsumers);
     }
+    if constexpr (!Config::kPacked) {
+      for (int consumer = 0; consumer < Traits::kConsumers; ++consumer) {
+        isa::mbarrier_init(SharedStorage::q_full(consumer), 1);
+        isa::mbarrier_init(SharedStorage::q_empty(consumer), 4);  // its warps
+      }
+    }
     isa::fence_mbarrier_init();
   }
   isa::sync_threads();
-  const FwdWork work = FwdWork::of_block<Config>(params);
-  const KeyWalk walk(params, work);
   if (isa::warp_index() < 4) {
     if constexpr (Traits::kMovesRegisters) isa::setmaxnreg_dec<Traits::kCopyRegisters>();
     if (isa::warp_index() == 0) {
-      if (isa::elect_one()) copy_tiles(params, work, {q_map, k_map, v_map}, walk);
+      if (isa::elect_one()) copy_items(params, {q_map, k_map, v_map});
     }
   } else {
     if constexpr (Traits::kMovesRegisters) isa::setmaxnreg_inc<Traits::kComputeRegisters>();
-    Forward forward(params, mods, work);
-    forward.compute(walk);
-    forward.finish(out_map);
+    Forward(params, mods).run(out_map);
   }
 }

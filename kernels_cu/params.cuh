@@ -80,6 +80,7 @@ struct FwdParams {
   int head_dim;    // at most Config::kHeadDim
   int head_dim_v;  // at most Config::kHeadDimV
   int num_splits;  // at least 1: parts into which the keys of a tile of queries are divided
+  int section;     // at least 1: heads, or groups that are packed, whose tiles of queries are taken together
   int lower;       // read if Config::kHasLower; |lower| <= 2^30, as are the lengths
   int upper;       // read if Config::kHasUpper; |upper| <= 2^30
   ScoreParams scores;

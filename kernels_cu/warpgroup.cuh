@@ -70,7 +70,8 @@ struct BulkPlace {
 
   static __device__ __forceinline__ BulkPlace of(const Tensor& tensor, int head, int batch) {
     bool has_batches = false;
-#pragma unroll
+    // A loop is not computed once for all items and kept, as its steps would be: there are no registers for them.
+#pragma unroll 1
     for (int axis = 0; axis < kBatchAxes; ++axis) has_batches = has_batches || tensor.batch_strides[axis] != 0;
     return {tensor.head_stride != 0 ? head : 0, has_batches ? batch : 0};
   }
@@ -161,7 +162,7 @@ __device__ __forceinline__ void store_out_panels(const TensorMap& map, const Bul
       isa::bulk_store(&map, rows_smem, panel * Tile::kPanelColumns, row, place.head, place.batch);
     }
     isa::bulk_commit();
-    isa::bulk_wait_read<0>();  // shared memory ends with the block
+    isa::bulk_wait_read<0>();  // others write there again, or shared memory ends with the block
   }
 }
 

@@ -1,4 +1,4 @@
-// Which part of the problem a block works on.
+// Which part of the problem a block works on: an item.
 #pragma once
 
 #include "isa.cuh"
@@ -53,7 +53,7 @@ __device__ __forceinline__ HeadRows<Storage> head_rows(const Params& params, con
   return {static_cast<Storage*>(const_cast<void*>(tensor.data)) + offset, tensor.row_stride};
 }
 
-// One tile of rows, and its share of the keys.
+// One item: a tile of rows, and its share of the keys.
 //
 // A row is a query of the block's head or, if Config::kPacked, of one of `pack` heads that share their keys and
 // values: few queries then fill a tile, and keys are read once for all the heads.
@@ -61,12 +61,18 @@ __device__ __forceinline__ HeadRows<Storage> head_rows(const Params& params, con
 //     pack = 3:   row      0  1  2  3  4  5  6 ..
 //                 query    0  0  0  1  1  1  2 ..        heads `head`, head + 1, head + 2, in turn
 //
-// If params.num_splits is not 1, so many blocks share the keys of a tile of rows. They are neighbours in the grid: what
-// they leave to be joined is written at about the same time, and the order of the tiles stays that of the grid without
-// splits.
+// If params.num_splits is not 1, so many items share the keys of a tile of rows. They are neighbours in the order: what
+// they leave to be joined is written at about the same time, and the order of the tiles stays that without splits.
 //
-// The grid has one axis, for CUDA's others end at 65535: splits within tiles of rows within (groups of) heads within
-// batch entries.
+// A grid has one axis, for CUDA's others end at 65535: splits within tiles of rows within (groups of) heads within batch
+// entries. With an upper bound the last tiles of rows have the most keys. Were these spread over the order, some would
+// begin when the others are through; so tiles are in the order of their lengths, over all heads. But then the keys of all
+// heads are in use at once: sections of params.section heads, whose keys and values the L2 cache holds, come one after
+// the other. From one to the next the order turns round, so that lengths never jump; the last one begins with the
+// longest.
+//
+//     section = 2:    head          0  1  0  1  0  1    2  3  2  3  2  3
+//                     tile of rows  0  0  1  1  2  2    2  2  1  1  0  0
 struct FwdWork {
   int batch;
   int head;       // the first of its heads
@@ -75,21 +81,46 @@ struct FwdWork {
 
   template <class Config>
   static __device__ __forceinline__ FwdWork of_block(const FwdParams& params) {
-    const int block = isa::block_index_x();
-    return of_tile<Config>(params, block / params.num_splits, block % params.num_splits);
+    return of_item<Config>(params, isa::block_index_x());
   }
 
   template <class Config>
-  static __device__ __forceinline__ FwdWork of_tile(const FwdParams& params, int block, int split) {
-    const int num_tiles = (num_rows<Config>(params) + Config::kBlockM - 1) / Config::kBlockM;
-    const int entry = block / num_tiles;
-    const int place = block % num_tiles;
-    // With an upper bound the last tiles have the most keys: they start first, so that none of them finishes
-    // alone.
-    const int tile = Config::kHasUpper ? num_tiles - 1 - place : place;
+  static __device__ __forceinline__ FwdWork of_item(const FwdParams& params, int item) {
+    return of_tile<Config>(params, item / params.num_splits, item % params.num_splits);
+  }
+
+  // By the tile's place in the order.
+  template <class Config>
+  static __device__ __forceinline__ FwdWork of_tile(const FwdParams& params, int place, int split) {
+    const int num_tiles = tiles_per_head<Config>(params);
     const int pack = heads_per_tile<Config>(params);
     const int num_groups = params.num_heads_q / pack;
-    return {entry / num_groups, entry % num_groups * pack, tile * Config::kBlockM, split};
+    int group = place / num_tiles;  // of all in the batch
+    int tile = place % num_tiles;
+    if constexpr (Config::kHasUpper) {
+      const int num_all = params.batch_size * num_groups;
+      const int section = place / (params.section * num_tiles);
+      const int first = section * params.section;
+      const int width = at_most(params.section, num_all - first);
+      const int within = place - first * num_tiles;
+      group = first + within % width;
+      tile = within / width;
+      const bool begins_with_longest = ((num_all - 1) / params.section - section) % 2 == 0;
+      if (begins_with_longest) tile = num_tiles - 1 - tile;
+    }
+    return {group / num_groups, group % num_groups * pack, tile * Config::kBlockM, split};
+  }
+
+  template <class Config>
+  static __device__ __forceinline__ int num_items(const FwdParams& params) {
+    const int num_groups = params.num_heads_q / heads_per_tile<Config>(params);
+    return params.batch_size * num_groups * tiles_per_head<Config>(params) * params.num_splits;
+  }
+
+  // Tiles of rows of a head, or of heads that are packed.
+  template <class Config>
+  static __device__ __forceinline__ int tiles_per_head(const FwdParams& params) {
+    return (num_rows<Config>(params) + Config::kBlockM - 1) / Config::kBlockM;
   }
 
   template <class Config>
@@ -132,4 +163,35 @@ struct FwdWork {
     const long long entry = static_cast<long long>(split) * params.batch_size + batch;
     return (entry * params.num_heads_q + head + row % pack) * params.seqlen_q + row / pack;
   }
+};
+
+// The items of a block. A grid may be as large as their number, or smaller: then a block takes one item of every round
+// over the order, and every other round goes backwards. Where lengths fall and do not jump, blocks get about the same.
+//
+//     grid = 3:   block 0   items 0 5 6 11 ..
+//                 block 1         1 4 7 10 ..
+//                 block 2         2 3 8  9 ..
+struct Items {
+  u32 round = 0;
+
+  // Unsigned: the last round may lead far beyond the last item.
+  __device__ __forceinline__ u32 place() const {
+    const u32 grid = isa::grid_size_x();
+    const u32 block = isa::block_index_x();
+    return round * grid + (round % 2 == 0 ? block : grid - 1 - block);
+  }
+
+  __device__ __forceinline__ int item() const { return static_cast<int>(place()); }
+
+  // Without kPersists the grid is as large as their number.
+  template <class Config, bool kPersists>
+  __device__ __forceinline__ bool are_left(const FwdParams& params) const {
+    if constexpr (!kPersists) {
+      return round == 0;
+    } else {
+      return place() < static_cast<u32>(FwdWork::num_items<Config>(params));
+    }
+  }
+
+  __device__ __forceinline__ void advance() { ++round; }
 };

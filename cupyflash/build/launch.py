@@ -61,6 +61,7 @@ def _forward_params(problem: Problem, plan: Plan, operands: Operands, num_splits
         problem.head_dim,
         problem.head_dim_v,
         num_splits,
+        plan.section,
         # The kernel may look at a bound that the band lacks: then at one that removes nothing.
         -seqlen_q if band.lower is None else band.lower,
         seqlen_k if band.upper is None else band.upper,

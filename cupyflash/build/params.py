@@ -102,6 +102,7 @@ FWD_PARAMS = np.dtype(
         ("head_dim", np.int32),
         ("head_dim_v", np.int32),
         ("num_splits", np.int32),
+        ("section", np.int32),
         ("lower", np.int32),
         ("upper", np.int32),
         ("scores", SCORE_PARAMS),

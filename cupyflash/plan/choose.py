@@ -1,7 +1,8 @@
 """The choice of kernels: candidates → reasons against them → the choice, by the clock where `tune` asked it.
 
 `choose` turns a `Problem` into a `Plan`.  Which kernel it names depends on the `Selector` alone, not on exact lengths,
-and nothing but the number of splits hangs on S, so that a loop over growing keys finds all the rest again.
+and nothing but the number of splits and the order of tiles hangs on S, so that a loop over growing keys finds all the
+rest again.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ __all__ = [
     "num_splits",
     "pack_of",
     "refusals",
+    "section_of",
     "selector_of",
     "use_timed",
 ]
@@ -185,22 +187,29 @@ def _plan_forward(
     queries = _queries(problem.of_any_length, bounds, mods, problem.seqlen_q, device, spec, unmapped)
     if queries is None:
         return _NOTHING
-    if not queries.splits:
-        return _plan(queries, 1)
+    if not queries.splits and not queries.has_sections:
+        return _plan(queries, 1, 1)
     keys = _keys_of_a_tile(problem, queries.queries_of_a_tile)
-    return _plan_for_keys(queries, math.ceil(keys / queries.spec.tile.block_n))
+    section = _section(queries, keys) if queries.has_sections else 1
+    if not queries.splits:
+        return _plan(queries, 1, section)
+    return _plan_for_keys(queries, math.ceil(keys / queries.spec.tile.block_n), section)
 
 
 @dataclass(frozen=True, eq=False)
 class _Queries:
     """What is settled by all but the keys."""
 
+    problem: Problem  # of any length
+    device: DeviceSpec
     spec: FwdSpec
     pack: int
     num_tiles: int
+    tiles_per_head: int  # or of the heads that are packed
     num_rows: int
     queries_of_a_tile: int
     splits: bool
+    has_sections: bool  # tiles of queries see different numbers of keys
     slots: int  # blocks that the device runs at once
 
 
@@ -234,30 +243,75 @@ def _queries(
         spec = choose_spec(_selector(problem, features, seqlen_q, device, unmapped), device)
     pack = pack_of(_num_heads(problem), seqlen_q) if spec.packed else 1
     num_tiles = _num_tiles(problem.batch_size * problem.num_heads_q, seqlen_q, spec.tile.block_m, pack)
+    tiles_per_head = math.ceil(seqlen_q * pack / spec.tile.block_m)
     slots = device.sms * blocks_per_sm(spec, device)
     at_once = math.ceil(spec.tile.block_m / pack)
     splits = FAMILIES[spec.family].splits and not features.dropout
-    return _Queries(spec, pack, num_tiles, num_rows, at_once, splits, slots)
-
-
-@lru_cache(maxsize=4096)
-def _plan_for_keys(queries: _Queries, num_key_tiles: int) -> Plan:
-    """The plan for so many tiles of keys that a tile of queries sees at most."""
-    return _plan(queries, num_splits(queries.num_tiles, num_key_tiles, queries.slots))
-
-
-@lru_cache(maxsize=4096)
-def _plan(queries: _Queries, splits: int) -> Plan:
-    spec, pack, num_tiles = queries.spec, queries.pack, queries.num_tiles
-    row_alignment = FAMILIES[spec.family].row_alignment(dtype_named(spec.dtype).storage.itemsize)
-    if splits == 1:
-        return Plan((Launch(spec, (num_tiles,)),), 1, pack, row_alignment)
-    combine = CombineSpec(spec.dtype)
-    launches = (
-        Launch(spec, (num_tiles * splits,)),
-        Launch(combine, (math.ceil(queries.num_rows / combine.rows_per_block),)),
+    has_sections = bounds[1] and tiles_per_head > 1
+    return _Queries(
+        problem, device, spec, pack, num_tiles, tiles_per_head, num_rows, at_once, splits, has_sections, slots
     )
-    return Plan(launches, splits, pack, row_alignment)
+
+
+@lru_cache(maxsize=4096)
+def _section(queries: _Queries, keys: int) -> int:
+    """`section_of` where a tile of queries sees at most so many keys; counted in heads, or groups that are packed."""
+    problem = queries.problem
+    # Heads that share keys or values stay together.
+    groups = problem.num_heads_q // problem.num_heads_k, problem.num_heads_q // problem.num_heads_v
+    together = max(groups)
+    bytes_of_key = problem.head_dim * together // groups[0] + problem.head_dim_v * together // groups[1]
+    kept = keys * bytes_of_key * problem.element.storage.itemsize
+    num_families = problem.batch_size * problem.num_heads_q // together
+    units = max(1, together // queries.pack)
+    return units * section_of(num_families, queries.tiles_per_head * units, kept, queries.slots, queries.device.l2)
+
+
+def section_of(num_families: int, num_tiles: int, num_bytes: int, slots: int, l2: int) -> int:
+    """Of how many families, heads that share keys and values, the tiles of queries are taken together.
+
+    As many as leave half of the L2 cache empty, but at least as many as make two waves of blocks: so that long and
+    short tiles make up for one another; and sections of equal size where that costs no more than half of it.
+
+    Parameters
+    ----------
+    num_tiles, num_bytes : int
+        Of one family: tiles of queries, bytes of keys and values.
+    slots : int
+        Blocks that the device runs at once.
+    l2 : int
+        Bytes of the cache.
+    """
+    most = min(num_families, max(l2 // 2 // max(1, num_bytes), math.ceil(2 * slots / num_tiles)))
+    for size in range(most, most // 2, -1):
+        if num_families % size == 0:
+            return size
+    return math.ceil(num_families / math.ceil(num_families / most))
+
+
+@lru_cache(maxsize=4096)
+def _plan_for_keys(queries: _Queries, num_key_tiles: int, section: int) -> Plan:
+    """The plan for so many tiles of keys that a tile of queries sees at most."""
+    return _plan(queries, num_splits(queries.num_tiles, num_key_tiles, queries.slots), section)
+
+
+@lru_cache(maxsize=4096)
+def _plan(queries: _Queries, splits: int, section: int) -> Plan:
+    spec, pack = queries.spec, queries.pack
+    row_alignment = FAMILIES[spec.family].row_alignment(dtype_named(spec.dtype).storage.itemsize)
+    forward = _launch(spec, queries.num_tiles * splits, queries.slots)
+    if splits == 1:
+        return Plan((forward,), 1, pack, row_alignment, section=section)
+    combine = CombineSpec(spec.dtype)
+    launches = (forward, Launch(combine, (math.ceil(queries.num_rows / combine.rows_per_block),)))
+    return Plan(launches, splits, pack, row_alignment, section=section)
+
+
+def _launch(spec: FwdSpec, num_items: int, slots: int) -> Launch:
+    """With a block for each item of work, or no more blocks than the device runs at once."""
+    if spec.persists and num_items > slots:
+        return Launch(spec, (slots,), num_items)
+    return Launch(spec, (num_items,))
 
 
 @lru_cache(maxsize=512)

@@ -134,6 +134,16 @@ class FwdSpec:
         """Threads of a block."""
         return 32 * self.tile.num_warps
 
+    @cached_property
+    def persists(self) -> bool:
+        """Whether a block may take one item of work after another.
+
+        It may not where rows are packed or scores are changed: see fwd_sm90.cu.
+        """
+        does = self.features
+        is_plain = not (does.float_mask or does.bool_mask or does.changed or does.dropout or does.mods)
+        return FAMILIES[self.family].persists and is_plain and not self.packed
+
     @property
     def mods(self) -> Mods | None:
         """The functions that are compiled in."""
@@ -280,10 +290,20 @@ COMPANIONS: tuple[KernelSpec, ...] = (
 @hash_once
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: everything but the parameters."""
+    """One kernel launch: everything but the parameters.
+
+    Parameters
+    ----------
+    spec : KernelSpec
+    grid : (int,)
+        Blocks.
+    items : int
+        Items of work that the blocks take one after another; 0: a block has one.
+    """
 
     spec: KernelSpec
     grid: tuple[int]
+    items: int = 0
 
     @cached_property
     def block(self) -> tuple[int]:
@@ -296,7 +316,8 @@ class Launch:
         return self.spec.shared_bytes
 
     def __str__(self) -> str:
-        return f"{self.spec} grid={self.grid[0]} block={self.block[0]} shared={self.shared_bytes}"
+        items = f" items={self.items}" if self.items else ""
+        return f"{self.spec} grid={self.grid[0]}{items} block={self.block[0]} shared={self.shared_bytes}"
 
 
 @hash_once
@@ -316,6 +337,8 @@ class Plan:
         Bytes at whose multiples the kernels need rows to begin: at least an element's, since strides count elements.
     weights_parts : int
         Blocks that share the keys of each tile of weights.
+    section : int
+        Heads, or groups of heads that share tiles, whose tiles of queries are taken together: kernels_cu/work.cuh.
     """
 
     launches: tuple[Launch, ...]
@@ -323,6 +346,7 @@ class Plan:
     pack: int = 1
     row_alignment: int = 1
     weights_parts: int = 1
+    section: int = 1
 
     @cached_property
     def takes_maps(self) -> bool:

@@ -60,6 +60,9 @@ class Family:
         others are for "sm_90".  None: later GPUs have them too.
     takes_maps : bool
         Kernels find Q, K, V and O by tensor maps, which do not describe every array: see `build/bulk.py`.
+    persists : bool
+        Blocks of most kernels, see `FwdSpec.persists`, take one item of work after another, so that a grid need not be
+        larger than what the device runs at once.
     least_rows : int
         Where tiles have fewer rows to hold, another family's lower ones, several to an SM, are the better choice.
     """
@@ -73,6 +76,7 @@ class Family:
     baselines: tuple[int, ...] = (75,)
     only: int | None = None
     takes_maps: bool = False
+    persists: bool = False
     least_rows: int = 1
 
     def arch_for(self, device: DeviceSpec) -> str:
@@ -154,7 +158,8 @@ def _sm90_rules(tile: TileConfig) -> list[str]:
 def _sm90_shared_bytes(tile: TileConfig, head_dim: int, head_dim_v: int, itemsize: int) -> int:
     """As laid out in fwd_sm90.cu: Q, in whose place O leaves; rings of K and of V; barriers of 8 bytes."""
     q = itemsize * tile.block_m * max(head_dim, head_dim_v)
-    return q + tile.stages * itemsize * tile.block_n * (head_dim + head_dim_v) + 8 * (1 + 4 * tile.stages)
+    barriers = 2 * (tile.block_m // 64) + 4 * tile.stages
+    return q + tile.stages * itemsize * tile.block_n * (head_dim + head_dim_v) + 8 * barriers
 
 
 FAMILIES: dict[str, Family] = {
@@ -168,6 +173,7 @@ FAMILIES: dict[str, Family] = {
         baselines=(90,),
         only=9,
         takes_maps=True,
+        persists=True,
         least_rows=65,
     ),
     # Copies are of 16 bytes at a time.

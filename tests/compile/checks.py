@@ -56,9 +56,9 @@ def _warpgroup_faults(spec: FwdSpec, found: Resources) -> Iterator[str]:
     changed = bool(features.float_mask or features.bool_mask or features.changed or features.mods)
     steps = 2 if changed else 2 + features.has_lower + features.has_upper
     products = steps * (spec.head_dim // 16 + tile.block_n // 16)
-    # Of panels: Q for each warpgroup that computes, K for the first tile and for the others, V.
+    # Of panels: Q for each warpgroup that computes, K, V.
     panels_q, panels_v = (dim // (64 if dim % 64 == 0 else 32) for dim in (spec.head_dim, spec.head_dim_v))
-    loads = (0 if spec.packed else tile.block_m // 64 * panels_q) + 2 * panels_q + panels_v
+    loads = (0 if spec.packed else tile.block_m // 64 * panels_q) + panels_q + panels_v
     stores = 0 if spec.packed else panels_v
     if found.opcodes.get("UTMALDG", 0) < loads:  # the compiler may unroll the loop that copies
         yield f"it has {found.opcodes.get('UTMALDG', 0)} UTMALDG, expected {loads} or more"

@@ -78,10 +78,14 @@ def guarded_rows(shape, dtype, name):
     return whole, whole[..., : shape[-1]]
 
 
-def launch_arguments(spec, q, k, v, out, lse, lower=0, upper=0, scale=None, num_splits=1, partial=None):
+def launch_arguments(
+    spec, q, k, v, out, lse, lower=0, upper=0, scale=None, num_splits=1, partial=None, section=2, blocks=None
+):
     """The parameter block and the grid. q, k, v, out: (batch, head, row, element), elements contiguous.
 
     With `spec.packed` all heads that share a key and a value head are packed; `partial` is (partial_out, partial_lse).
+    Sections of two leave some short, and most problems several. At most so many `blocks`, each of which takes several
+    items; None: a block for each.
     """
     params = np.zeros((), FWD_PARAMS)
     for name, array in (("q", q), ("k", k), ("v", v), ("out", out)):
@@ -97,13 +101,15 @@ def launch_arguments(spec, q, k, v, out, lse, lower=0, upper=0, scale=None, num_
     params["num_heads_q"] = num_heads_q
     params["group_size_k"], params["group_size_v"] = group_sizes
     params["pack"], params["num_splits"] = pack, num_splits
+    params["section"] = section
     params["seqlen_q"], params["seqlen_k"] = seqlen_q, k.shape[2]
     params["head_dim"], params["head_dim_v"] = head_dim, v.shape[3]
     params["lower"], params["upper"] = lower, upper
     params["scale"] = max(head_dim, 1) ** -0.5 if scale is None else scale
     block_m = 16 * spec.num_warps
     num_tiles = -(-seqlen_q * pack // block_m) * (num_heads_q // pack) * batch_size
-    return params[()], (num_tiles * num_splits,)
+    num_items = num_tiles * num_splits
+    return params[()], (num_items if blocks is None else min(blocks, num_items),)
 
 
 def maps(spec, *arrays):

@@ -150,6 +150,42 @@ def test_strides():
         np.testing.assert_array_equal(lse, expected_lse)
 
 
+# What a block carries from one item to the next: places in the ring, phases of barriers, turns; O still leaving where Q
+# is to come. (spec, lengths, upper, lower, keywords)
+SEVERAL_ITEMS = {
+    "causal": (HOPPER, (300, 300), {"upper": 0}),
+    "turns": (replace(HOPPER, ping_pong=True), (300, 300), {"upper": 0}),
+    "turns of three": (replace(HOPPER, num_warps=12, ping_pong=True), (400, 200), {"upper": -100}),
+    "one warpgroup": (replace(HOPPER, num_warps=4, stages=3), (200, 150), {"upper": 5}),
+    "full": (HOPPER, (200, 100), {}),
+    "items without keys between others": (HOPPER, (500, 70), {"lower": -300, "upper": -200}),
+    "items of one tile": (replace(HOPPER, ping_pong=True), (300, 30), {}),
+    "splits, some without keys": (HOPPER, (140, 200), {"upper": 20, "num_splits": 3}),
+    "wide V": (replace(HOPPER, head_dim=32, head_dim_v=96), (200, 150), {"upper": 0}),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL_ITEMS)
+def test_blocks_that_take_several_items(name):
+    spec, lengths, keywords = SEVERAL_ITEMS[name]
+    spec = replace(spec, has_lower="lower" in keywords, has_upper="upper" in keywords)
+    arrays = operands(spec, *lengths, heads=(4, 2), batch_size=2)
+    expected, expected_lse, alone = forward(spec, *arrays, **keywords)
+    for number, blocks in enumerate((1, 2, 3, 5)):
+        for options in ALL_OPTIONS[number::4] if blocks > 1 else ALL_OPTIONS:
+            out, lse, counters = forward(spec, *arrays, blocks=blocks, options=options, **keywords)
+            assert counters.blocks == blocks
+            assert (counters.wgmma, counters.bulk) == (alone.wgmma, alone.bulk)
+            np.testing.assert_array_equal(out.view(np.uint16), expected.view(np.uint16))
+            np.testing.assert_array_equal(lse, expected_lse)
+
+
+def test_bounds_of_arrays_hold_with_several_items():
+    """Narrow heads, whose rows end before the tile does."""
+    arrays = operands(HOPPER, 70, 90, heads=(2, 1), dims=(50, 20))
+    np.testing.assert_array_equal(forward(HOPPER, *arrays, blocks=1)[0], forward(HOPPER, *arrays)[0])
+
+
 @pytest.mark.parametrize(
     "spec",
     [
@@ -238,7 +274,7 @@ def test_a_map_of_another_swizzle_shows(swizzle, monkeypatch):
             "isa::mbarrier_arrive_expect_tx(full, 2 * Traits::KTile::kBytes)",
             r"deadlock",
         ),
-        ("copy_k(walk.tile, stage);\n  while", "copy_k(0, stage);\n  while", ""),
+        ("k_place, walk.tile, stage);", "k_place, 0, stage);", ""),
         ("if (++index == Traits::kStages)", "if (++index == Traits::kStages + 1)", "."),
         ("k_empty(stage), Traits::kConsumers)", "k_empty(stage), 1)", "."),
         ("isa::any(correction[0] != 1.0f || correction[1] != 1.0f)", "false", ""),

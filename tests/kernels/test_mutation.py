@@ -191,13 +191,16 @@ Q_BY_ROWS = (
     "isa::barrier_sync(1 + consumer, 128);  // and what the warpgroup's others have",
 )
 Q_AND_OUT_BY_MAPS = (
-    "isa::mbarrier_arrive_expect_tx(SharedStorage::q_full(), Traits::kConsumers * Traits::QTile::kBytes);",
-    "isa::mbarrier_wait(SharedStorage::q_full(), 0);",
-    "if constexpr (!Config::kPacked) isa::mbarrier_init(SharedStorage::q_full(), 1);",
+    "isa::mbarrier_wait(SharedStorage::q_empty(consumer), parity);",
+    "isa::mbarrier_arrive_expect_tx(full, Traits::QTile::kBytes);",
+    "if (isa::elect_one()) isa::mbarrier_arrive(SharedStorage::q_empty(consumer));  // this warp's O has left",
+    "isa::mbarrier_wait(SharedStorage::q_full(consumer), q_parity);",
+    "isa::mbarrier_init(SharedStorage::q_full(consumer), 1);",
+    "isa::mbarrier_init(SharedStorage::q_empty(consumer), 4);  // its warps",
     "isa::fence_proxy_async();  // what this lane has written, to be read by a bulk copy,",
     "isa::sync_warp();          // and what the warp's others have",
     "isa::bulk_commit();",
-    "isa::bulk_wait_read<0>();  // shared memory ends with the block",
+    "isa::bulk_wait_read<0>();  // others write there again, or shared memory ends with the block",
 )
 SUBJECTS = {
     "fwd_sm80.cu": Subject(
@@ -246,12 +249,16 @@ SUBJECTS = {
         [
             forward_problem(HOPPER, 64, 40, lower=-200, upper=0),
             forward_problem(HOPPER, 130, 140, lower=-70, upper=60),  # several tiles of all kinds
+            forward_problem(HOPPER, 130, 140, lower=-70, upper=60, blocks=1),  # one item after another
+            forward_problem(HOPPER, 140, 40, lower=-200, upper=-130, heads=(4, 1), blocks=2),  # some without keys
         ],
         (*Q_BY_ROWS, *OUT_BY_ROWS),
     ),
     "fwd_sm90.cu, packed": Subject(
         forward.source(HOPPER_PACKED),
-        [forward_problem(HOPPER_PACKED, 50, 100, heads=(2, 1))],
+        [
+            forward_problem(HOPPER_PACKED, 50, 100, heads=(2, 1)),
+        ],
         (*Q_AND_OUT_BY_MAPS, *TURNS),
     ),
     "merge.cu": Subject(
@@ -467,10 +474,29 @@ def test_bad_exemptions_are_refused() -> None:
         ("fwd_sm90.cu", "walk.is_at_least(tiles.full_begin)", "!walk.is_over()"),
         (
             "fwd_sm90.cu",
-            "stage.parity ^ 1);\n    const u32 full = SharedStorage::k_full",
-            "stage.parity);\n    const u32 full = SharedStorage::k_full",
+            "stage.parity ^ 1);\n  const u32 full = SharedStorage::k_full",
+            "stage.parity);\n  const u32 full = SharedStorage::k_full",
         ),
-        ("fwd_sm90.cu", "work.row_begin + 64 * consumer;\n      load_panels", "work.row_begin;\n      load_panels"),
+        ("fwd_sm90.cu", "work.row_begin + 64 * consumer;\n    load_panels", "work.row_begin;\n    load_panels"),
+        # What is carried from one item to the next.
+        ("fwd_sm90.cu", "if (walk.is_over()) continue;\n", ""),
+        ("fwd_sm90.cu", "q_parity ^= 1;\n  }\n}", "}\n}"),
+        ("fwd_sm90.cu", "q_parity ^= 1;\n    }\n  }", "}\n  }"),
+        ("fwd_sm90.cu", "    state = RowState::start();", ""),
+        (
+            "fwd_sm90.cu",
+            "stage = {static_cast<int>(of_all_lanes(stage.index)), of_all_lanes(stage.parity)};",
+            "stage = {};",
+        ),
+        ("fwd_sm90.cu", "for (int i = 0; i < 4; ++i) o_frag[n][i] = 0.0f;", ""),
+        ("fwd_sm90.cu", "give_back(SharedStorage::v_empty(last_stage.index));\n  }\n", "}\n"),
+        ("fwd_sm90.cu", "q_empty(consumer), 4)", "q_empty(consumer), 1)"),
+        ("fwd_sm90.cu", "grid - 1 - block", "grid - 2 - block"),
+        (
+            "fwd_sm90.cu",
+            "if (consumer == 0) await_turn();",
+            "if (consumer == Traits::kConsumers) await_turn();",
+        ),
         ("fwd_sm90.cu", "tensor.head_stride != 0 ? head : 0", "0"),
         ("fwd_sm90.cu, packed", "rows.row(at_most(row_begin + row, num_rows - 1))", "rows.row(row_begin + row)"),
         ("fwd_simt.cu", "tiles.full_begin <= tile && tile < tiles.full_end", "true"),

@@ -22,6 +22,7 @@ from cupyflash.plan.choose import (
     num_splits,
     pack_of,
     refusals,
+    section_of,
     selector_of,
 )
 from cupyflash.plan.device import DEVICES, EMULATOR, DeviceSpec
@@ -49,7 +50,7 @@ def test_a_plan_reads_like_this() -> None:
     (launch,) = choose(problem(dtype="bfloat16", band=Band(None, 0)), A100).launches
     assert str(launch) == "fwd_sm80-bf16-d128-m128n64w8-causal grid=1024 block=256 shared=49152"
     (launch,) = choose(problem(dtype="bfloat16", band=Band(None, 0)), H200).launches
-    assert str(launch) == "fwd_sm90-bf16-d128-m128n128w12qs2-causal grid=1024 block=384 shared=163912"
+    assert str(launch) == "fwd_sm90-bf16-d128-m128n128w12qs2-causal grid=132 items=1024 block=384 shared=163936"
 
 
 @pytest.mark.parametrize(
@@ -275,6 +276,55 @@ def test_no_part_is_empty_and_none_is_without_a_key() -> None:
         assert math.ceil(num_key_tiles / math.ceil(num_key_tiles / parts)) == parts
 
 
+@pytest.mark.parametrize(
+    ("num_families", "num_tiles", "num_bytes", "section"),
+    [
+        (16, 16, 1 << 20, 16),  # all of them fit
+        (16, 32, 2 << 20, 8),  # 12 would, but then 4 were left
+        (16, 128, 8 << 20, 2),  # 3 would
+        (8, 256, 16 << 20, 2),  # two make two waves of 132
+        (7, 128, 8 << 20, 3),  # no number but 1 divides 7: 3, 3 and 1
+        (64, 1, 4 << 20, 64),  # too few tiles for two waves
+        (3, 5, 0, 3),  # no keys
+    ],
+)
+def test_sections(num_families: int, num_tiles: int, num_bytes: int, section: int) -> None:
+    assert section_of(num_families, num_tiles, num_bytes, 132, 50 << 20) == section
+
+
+def test_heads_that_share_keys_are_of_one_section() -> None:
+    causal = {"band": Band(None, 0), "seqlen_q": 8192, "seqlen_k": 8192}
+    # 64 heads on 8 of keys, of 4 MiB each: two sections of four.
+    grouped = problem(batch=1, heads=64, num_heads_k=8, num_heads_v=8, **causal)
+    assert choose(grouped, H200).section == 32
+    # Values of their own for each head are 2 MiB more for 7 of 8.
+    assert choose(problem(batch=1, heads=64, num_heads_k=8, num_heads_v=64, **causal), H200).section == 8
+    # A window's keys alone are in use.
+    assert choose(replace(grouped, band=Band(-1023, 0)), H200).section == 64
+    # Where all tiles see the same keys their order is that of the heads.
+    assert choose(replace(grouped, band=Band(None, None)), H200).section == 1
+    # Tiles of packed heads: a section of groups.
+    packed = problem(batch=16, heads=64, num_heads_k=8, num_heads_v=8, band=Band(None, 0), seqlen_q=33, seqlen_k=33)
+    assert (choose(packed, H200).pack, choose(packed, H200).section) == (8, 128)
+
+
+@pytest.mark.usefixtures("splits")
+def test_blocks_that_take_one_item_after_another() -> None:
+    """Where there are more items than the device runs blocks, and the kernel can; splits are items of their own."""
+    for changes, blocks, items in (
+        ({"heads": 32}, 132, 2 * 32 * 32),
+        ({"batch": 1, "heads": 4}, 128, 0),
+        ({"batch": 3, "heads": 1, "seqlen_q": 128, "seqlen_k": 16384}, 129, 0),  # 43 parts
+        ({"heads": 32, "softcap": 30.0}, 2 * 32 * 32, 0),
+    ):
+        launch = choose(problem(**changes), H200).launches[0]
+        assert isinstance(launch.spec, FwdSpec)
+        assert launch.spec.family == "fwd_sm90"
+        assert (launch.grid, launch.items) == ((blocks,), items)
+    launch = choose(problem(), A100).launches[0]
+    assert (launch.grid, launch.items) == ((2 * 16 * 32,), 0)
+
+
 def test_a_gpu_without_kernels_is_named_with_the_way_out() -> None:
     with pytest.raises(
         cupyflash.Unsupported, match=r"no kernel runs on V100: .* 7\.5 .* V100 has 7\.0.*backend=\"math\""
@@ -381,7 +431,7 @@ def test_illegal_tiles(tile: TileConfig, reason: str) -> None:
         (TileConfig(128, 72, 12, False, 2), "16 to 256 keys, in steps of 16"),
         (TileConfig(128, 64, 12, False, 1), "the ring has two stages or more"),
         (TileConfig(128, 64, 12, True, 2), "queries are read from shared memory"),
-        (TileConfig(128, 128, 12, False, 4), "takes 295048 bytes of shared memory at head dims 128 and 128, H200 has"),
+        (TileConfig(128, 128, 12, False, 4), "takes 295072 bytes of shared memory at head dims 128 and 128, H200 has"),
     ],
 )
 def test_illegal_tiles_of_hopper(tile: TileConfig, reason: str) -> None:
