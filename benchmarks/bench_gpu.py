@@ -40,7 +40,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -193,13 +193,22 @@ def checker(case: Case, operands: tuple[Any, Any, Any], torch: Any) -> Callable[
     return judge
 
 
+class CudaStream(NamedTuple):
+    """A stream by CUDA's protocol, which not every release of PyTorch speaks."""
+
+    pointer: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
 def in_graph(call: Call, count: int, torch: Any) -> Call:
     """Replays so many calls, of one set of operands each, as one graph."""
     import cupy
 
     torch.cuda.synchronize()
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream), cupy.cuda.ExternalStream(stream.cuda_stream):
+    with torch.cuda.stream(stream), cupy.cuda.Stream.from_external(CudaStream(stream.cuda_stream)):
         for number in range(count):  # what a first call on a stream allocates can't be allocated in a capture
             call(number)
         stream.synchronize()
@@ -449,7 +458,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     started = time.monotonic()
     stream = torch.cuda.current_stream()
-    with cupy.cuda.ExternalStream(stream.cuda_stream):
+    with cupy.cuda.Stream.from_external(CudaStream(stream.cuda_stream)):
         for name, case in hosts.items():
             row = measure_host(name, case, HOST_ROUNDS, torch)
             keep(row, describe_host(row))

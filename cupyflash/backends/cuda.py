@@ -14,7 +14,7 @@ every architecture, and, with a stand-in for CuPy, that the launches here are th
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 from ..build.bulk import Ints, plan_of
 from ..build.cache import default_cache
 from ..build.debug import debug_level, show_launch
+from ..build.functor import NO_MODS
 from ..build.launch import launches
 from ..build.merging import merge_parts, merge_refusals
 from ..build.modding import CallMods, trace_mods
@@ -101,15 +102,24 @@ def _run(cupy: Any, device_id: int, launch: Launch, args: tuple[np.void, ...], l
     if level:
         show_launch(launch, args, arch_for(launch.spec, device_spec(cupy, device_id)), level)
     kernel = _kernel(cupy, launch.spec, device_id)
-    kernel(launch.grid, launch.block, tuple([_by_value(block) for block in args]), shared_mem=launch.shared_bytes)
+    kernel(launch.grid, launch.block, _by_value(args), shared_mem=launch.shared_bytes)
 
 
-def _by_value(block: Any) -> Any:
-    """A parameter block as CuPy takes it: an array of one element, since its scalars end at 32 bytes before 14.1.
+def _by_value(blocks: Sequence[Any]) -> tuple[Any, ...]:
+    """Parameter blocks as CuPy takes them: arrays of one element, since its scalars end at 32 bytes before 14.1.
 
-    It has no fields, which CuPy would list at every launch.
+    They have no fields, which CuPy would list at every launch.
     """
-    return np.frombuffer(block, _bytes_of(block.nbytes)) if type(block) is np.void else block
+    return tuple(
+        [
+            _NO_MODS
+            if block is NO_MODS
+            else np.frombuffer(block, _bytes_of(block.nbytes))
+            if type(block) is np.void
+            else block
+            for block in blocks
+        ]
+    )
 
 
 @lru_cache(maxsize=256)
@@ -117,9 +127,12 @@ def _bytes_of(nbytes: int) -> np.dtype[np.void]:
     return np.dtype(f"V{nbytes}")
 
 
+_NO_MODS = np.frombuffer(NO_MODS, _bytes_of(NO_MODS.nbytes))  # most calls have none
+
+
 def _map(address: int, shape: Ints, strides: Ints, dtype: str, box: Ints, swizzle: int) -> Any:
     """A `MapMaker`: what it makes is kept from call to call, so it is put in CuPy's form here."""
-    return _by_value(driver_map(address, shape, strides, dtype, box, swizzle))
+    return _by_value([driver_map(address, shape, strides, dtype, box, swizzle)])[0]
 
 
 def _why_no_compiler() -> list[str]:

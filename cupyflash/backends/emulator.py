@@ -325,12 +325,12 @@ def _observations(chunk: bytes) -> Iterator[Observation]:
 
 def _pack(name: str, index: int, value: Any) -> ctypes.Array[ctypes.c_char]:
     """The bytes that a kernel's parameter gets."""
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.dtype.type is np.void):
+        data = value.tobytes()  # a parameter block may come as an array, as for CuPy
+    elif isinstance(value, np.ndarray):
         data = value.ctypes.data.to_bytes(8, "little")
     elif value is None:
         data = bytes(8)
-    elif isinstance(value, np.generic):
-        data = value.tobytes()
     elif isinstance(value, int):  # bool too, as CuPy does
         data = np.int64(value).tobytes()
     elif isinstance(value, float):

@@ -410,7 +410,9 @@ def test_graphs_are_captured_after_a_call(bench: ModuleType, monkeypatch: pytest
         )
     )
     cupy = ModuleType("cupy")
-    cupy.cuda = SimpleNamespace(ExternalStream=lambda pointer: noted(f"stream {pointer}"))  # type: ignore[attr-defined]
+    cupy.cuda = SimpleNamespace(  # type: ignore[attr-defined]
+        Stream=SimpleNamespace(from_external=lambda stream: noted(f"stream {stream.__cuda_stream__()[1]}"))
+    )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     replay = bench.in_graph(lambda number: order.append(f"call {number}"), 2, torch)
     calls = ["call 0", "call 1"]
@@ -428,7 +430,9 @@ def stand_in(torch: Any) -> ModuleType:
     cupy = ModuleType("cupy")
     runtime = SimpleNamespace(deviceGetPCIBusId=lambda device: "0000:01:00.0")
     cupy.cuda = SimpleNamespace(  # type: ignore[attr-defined]
-        ExternalStream=lambda pointer: nullcontext(), runtime=runtime, Device=lambda: SimpleNamespace(id=0)
+        Stream=SimpleNamespace(from_external=lambda stream: nullcontext()),
+        runtime=runtime,
+        Device=lambda: SimpleNamespace(id=0),
     )
     return cupy
 
