@@ -2,8 +2,8 @@
 
 `attention` is the library, `explain` says what it would do, and `tune` chooses its kernel by the clock.
 `attention_weights`, `merge_attention`, `dropout_mask` and `flops` go with it; `mods` is a gallery of score and mask
-functions, and `trace_mod` shows one as C++.  `formulas` derives the algorithm step by step, and `register_backend` adds
-implementations.  `cupyflash.testing` has what its tests compare with.
+functions, and `trace_mod` shows one as C++.  `progress` shows how far a call is.  `formulas` derives the algorithm step
+by step, and `register_backend` adds implementations.  `cupyflash.testing` has what its tests compare with.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .explain import explain
 from .flops import flops
 from .merge import merge_attention
 from .problem.philox import dropout_mask
+from .progress import progress
 from .tune import tune
 from .version import __version__
 
@@ -33,6 +34,7 @@ __all__ = [
     "formulas",
     "merge_attention",
     "mods",
+    "progress",
     "register_backend",
     "trace_mod",
     "tune",

@@ -14,12 +14,13 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
+
+from ..interrupts import settle_after
 
 __all__ = ["Control", "control", "one_blas_thread"]
 
@@ -65,34 +66,42 @@ def _candidates() -> Iterator[str]:
 
 
 class _OneBlasThread:
-    """Context manager: BLAS has one thread while at least one thread of the process is inside."""
+    """BLAS has one thread while at least one call of the process is inside."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._inside = 0
+        self._inside: set[object] = set()
         self._outside_count = 1
 
-    def __enter__(self) -> None:
+    def run(self, work: Callable[[], None]) -> None:
+        """Call `work` with one BLAS thread; whatever ends it, Ctrl-C too, leaves the setting as it was."""
         blas = control()
         if blas is None:
+            work()
             return
-        with self._lock:
-            if self._inside == 0:
-                self._outside_count = blas.get()
-                if self._outside_count != 1:
-                    blas.set(1)
-            self._inside += 1
+        call = object()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        blas = control()
-        if blas is None:
-            return
+        def enter_and_work() -> None:
+            self._enter(blas, call)
+            work()
+
+        settle_after(enter_and_work, partial(self._leave, blas, call))
+
+    # Ctrl-C may end each of these after any statement, and _leave is then called (again).
+
+    def _enter(self, blas: Control, call: object) -> None:
         with self._lock:
-            self._inside -= 1
-            if self._inside == 0 and self._outside_count != 1:
+            if not self._inside:
+                self._outside_count = blas.get()
+            self._inside.add(call)
+            if self._outside_count != 1:
+                blas.set(1)
+
+    def _leave(self, blas: Control, call: object) -> None:
+        with self._lock:
+            if self._inside == {call} and self._outside_count != 1:
                 blas.set(self._outside_count)
+            self._inside.discard(call)
 
     # A child of fork has the forking thread only: whatever other threads were inside will never leave.
     def before_fork(self) -> None:
@@ -105,7 +114,7 @@ class _OneBlasThread:
         blas = control()
         if blas is not None and self._inside and self._outside_count != 1:
             blas.set(self._outside_count)
-        self._inside = 0
+        self._inside.clear()
         self._lock.release()
 
 

@@ -23,7 +23,7 @@ multiply by a mask 0.19, row sum as a product with ones 0.05 (by `sum` 0.19), `w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -120,9 +120,10 @@ class Block:
                 unit += index * math.prod(part.lead_shape[axis + 1 :])
             self.heads = unit[:, None] * part.period + part.first_head + np.arange(self.group)
 
-    def run(self) -> None:
-        """Fill the block's part of out, lse and weights."""
+    def run(self, passed: Callable[[int], None] | None = None) -> None:
+        """Fill the block's part of out, lse and weights; call `passed` with the key behind each tile."""
         stage = self.problem.weights_stage
+        self.passed = passed
         self.scratch = Scratch.borrow()
         try:
             if stage in (None, "softmax", "dropout") and not self._attend(exact=False):
@@ -309,6 +310,8 @@ class Block:
                     keeps = self._keeps(tile) if is_masked else ()
                     if keeps is not None:
                         yield tile, keeps
+                    if self.passed is not None:
+                        self.passed(end)
 
     def _keeps(self, tile: _Tile) -> tuple[Any, ...] | None:
         """Bool arrays that broadcast to the tile, all of which must keep a score; None if nothing is kept."""

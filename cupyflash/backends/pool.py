@@ -10,21 +10,23 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from queue import SimpleQueue
+from typing import Generic, TypeAlias, TypeVar
 
-if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
+from ..interrupts import settle_after
 
 __all__ = ["num_threads", "run_jobs"]
 
 Job = TypeVar("Job")
+Function: TypeAlias = Callable[[Job, Callable[[], None] | None], None]
 _ENVIRONMENT = "CUPYFLASH_NUM_THREADS"
 
+# Not a ThreadPoolExecutor: Ctrl-C while it starts a thread leaves one that the end of the process waits for.
 _lock = threading.Lock()
-_executor: ThreadPoolExecutor | None = None
-_executor_size = 0
+_tasks: SimpleQueue[Callable[[], None]] = SimpleQueue()
+_num_helpers = 0
 
 
 def num_threads() -> int:
@@ -70,64 +72,119 @@ def _cgroup_quota(root: Path) -> float | None:
     return granted if granted > 0 else None
 
 
-def run_jobs(function: Callable[[Job], None], jobs: Iterable[Job], workers: int) -> None:
-    """Call function(job) for each job on up to `workers` threads, the caller's among them; first come, first served.
+def run_jobs(function: Function[Job], jobs: Iterable[Job], workers: int) -> None:
+    """Call function(job, checkpoint) for each job on up to `workers` threads, the caller's among them.
 
-    After an exception no further job is started, all threads come to rest, and the exception is raised.
+    After an exception, Ctrl-C's among them, no further job is started, all threads come to rest, and the exception is
+    raised.  A function that takes long calls `checkpoint` now and then, which ends its job early in that case; it is
+    None where one thread works alone.
     """
     if workers <= 1:
         for job in jobs:
-            function(job)
+            function(job, None)
         return
+    crew = _Crew(function, jobs)
+    settle_after(partial(crew.work_with, workers - 1), crew.come_to_rest)
+    if crew.failures:
+        try:
+            raise crew.failures[0]
+        finally:
+            crew.failures.clear()  # their tracebacks hold the crew
 
-    queue, queue_lock = iter(jobs), threading.Lock()
-    failures: list[BaseException] = []
 
-    def work() -> None:
-        while not failures:
-            with queue_lock:
+class _StopWorking(Exception):
+    """Raised by the checkpoint on threads whose results nobody waits for any more."""
+
+
+class _Crew(Generic[Job]):
+    """The threads that share the jobs of one call."""
+
+    def __init__(self, function: Function[Job], jobs: Iterable[Job]) -> None:
+        self._function, self._jobs = function, iter(jobs)
+        self._lock = threading.Lock()
+        self._is_closed = False  # to helpers that have not begun
+        self._is_complete = False  # no job is left to begin
+        self._is_cancelled = False
+        self._at_work: list[threading.Lock] = []  # one for each helper, which holds it while it works
+        self.failures: list[BaseException] = []  # of the helpers
+
+    def work_with(self, helpers: int) -> None:
+        """Ask so many helpers, and work: what the caller does."""
+        _ask(self._help, helpers)
+        try:
+            self._work()
+        except _StopWorking:
+            return
+        self._is_complete = True
+
+    def come_to_rest(self) -> None:
+        """Wait until no helper is at work any more; who has not begun never will."""
+        if not self._is_complete:
+            self._is_cancelled = True
+        with self._lock:
+            self._is_closed = True
+        try:
+            for busy in self._at_work:
+                with busy:
+                    pass
+        except KeyboardInterrupt:
+            self._is_cancelled = True
+            raise
+
+    def _help(self) -> None:
+        with (busy := threading.Lock()):
+            with self._lock:
+                if self._is_closed:
+                    return
+                self._at_work.append(busy)
+            try:
+                self._work()
+            except _StopWorking:
+                return
+            except BaseException as error:  # noqa: BLE001  # raised by the caller
+                self.failures.append(error)
+                self._is_cancelled = True
+
+    def _work(self) -> None:
+        while not self._is_cancelled:
+            with self._lock:
                 try:
-                    job = next(queue)
+                    job = next(self._jobs)
                 except StopIteration:
                     return
-            try:
-                function(job)
-            except BaseException as error:
-                failures.append(error)
-                raise
+            self._function(job, self._checkpoint)
 
-    helpers = []
-    # No thread is started any more once the interpreter ends (calls from atexit), nor beyond the system's limit: then
-    # the caller does it all.
-    with contextlib.suppress(RuntimeError):
-        for _ in range(workers - 1):
-            helpers.append(_submit(work, workers - 1))
-    try:
-        work()
-    finally:
-        for helper in helpers:
-            if not helper.cancel():
-                helper.exception()
-    if failures:
-        raise failures[0]
+    def _checkpoint(self) -> None:
+        if self._is_cancelled:
+            raise _StopWorking
 
 
-def _submit(work: Callable[[], None], size: int):  # type: ignore[no-untyped-def]
-    global _executor, _executor_size
+def _ask(task: Callable[[], None], helpers: int) -> None:
+    """Have `task` called by so many threads of this process, as soon as they are free.
+
+    By fewer where no thread is started any more, once the interpreter ends (calls from atexit) or beyond the system's
+    limit.
+    """
+    global _num_helpers
     with _lock:
-        if _executor is None or _executor_size < size:
-            from concurrent.futures import ThreadPoolExecutor  # on first use: it takes 10 ms to import
+        with contextlib.suppress(RuntimeError):
+            while _num_helpers < helpers:
+                # Daemons, so that the end of the process does not wait for threads that wait for tasks.
+                threading.Thread(target=_serve, args=(_tasks,), name="cupyflash", daemon=True).start()
+                _num_helpers += 1
+        for _ in range(min(helpers, _num_helpers)):
+            _tasks.put(task)
 
-            if _executor is not None:
-                _executor.shutdown(wait=False)
-            _executor, _executor_size = ThreadPoolExecutor(size, thread_name_prefix="cupyflash"), size
-        return _executor.submit(work)
+
+def _serve(tasks: SimpleQueue[Callable[[], None]]) -> None:
+    while True:
+        tasks.get()()
 
 
 def _forget_threads() -> None:
     """In a child of fork: the threads stayed behind in the parent."""
-    global _lock, _executor, _executor_size
-    _lock, _executor, _executor_size = threading.Lock(), None, 0
+    global _lock, _tasks, _num_helpers
+    _lock, _tasks, _num_helpers = threading.Lock(), SimpleQueue(), 0
 
 
 if hasattr(os, "register_at_fork"):

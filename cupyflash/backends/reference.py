@@ -15,8 +15,7 @@ import math
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
-
+from ..interrupts import without_float_warnings
 from ..problem.mods import Coordinates, add_alibi, apply_mask_mod, apply_score_mod, cap_scores
 from ..problem.parts import Parts
 from ..problem.philox import keep_tile
@@ -35,12 +34,8 @@ class MathBackend:
 
     def run(self, problem: Problem, buffers: Buffers) -> None:
         """See `cupyflash.backends.registry.Backend`."""
-        device = nullcontext() if problem.library == "numpy" else buffers.query.device
-        with device, np.errstate(all="ignore"):
-            if problem.weights_stage in (None, "softmax", "dropout"):
-                _attend(problem, buffers)
-            else:
-                buffers.weights[...] = _scores(problem, buffers, problem.weights_stage)
+        with nullcontext() if problem.library == "numpy" else buffers.query.device:
+            without_float_warnings(_run, problem, buffers)
 
     def merge_reasons(self, parts: Parts) -> list[str]:
         """See `cupyflash.backends.registry.Merger`."""
@@ -49,6 +44,13 @@ class MathBackend:
     def merge(self, parts: Parts) -> tuple[Any, Any]:
         """See `cupyflash.backends.registry.Merger`."""
         return join_arrays(parts)
+
+
+def _run(problem: Problem, buffers: Buffers) -> None:
+    if problem.weights_stage in (None, "softmax", "dropout"):
+        _attend(problem, buffers)
+    else:
+        buffers.weights[...] = _scores(problem, buffers, problem.weights_stage)
 
 
 def _attend(problem: Problem, buffers: Buffers) -> None:

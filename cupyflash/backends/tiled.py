@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from ..interrupts import without_float_warnings
 from ..problem.parts import Parts
 from ..problem.problem import Buffers, Problem
+from ..progress import Meter, new_meter, show_nothing_within
 from .blas import control, one_blas_thread
 from .block import FEW_ROWS, Block, Tiling
 from .joining import join_arrays
 from .pool import num_threads, run_jobs
-from .slices import slice_call
+from .slices import Slice, slice_call
 
 __all__ = ["NumpyBackend"]
 
@@ -55,24 +55,36 @@ class NumpyBackend:
             return
         slices = slice_call(problem, buffers)
         first = slices[0]
-        jobs: Iterable[_Job] | None
-        tiling, jobs = _schedule(
+        tiling, few_jobs = _schedule(
             problem, first.lead_shape, len(slices), first.packs_key or first.packs_value, available
         )
+        jobs: Iterable[_Job] = (
+            few_jobs if few_jobs is not None else _jobs(problem, first.lead_shape, len(slices), tiling)
+        )
+        meter = new_meter()
+        if meter is not None:
+            jobs = tuple(jobs)
+            meter.start(sum(_count(problem, tiling, slices[job.slice], job).scores for job in jobs))
 
-        if jobs is None:
-            jobs = _jobs(problem, first.lead_shape, len(slices), tiling)
+        def attend(job: _Job, checkpoint: Callable[[], None] | None) -> None:
+            part = slices[job.slice]
+            block = Block(problem, buffers, tiling, part, job.outer, job.first_unit, job.first_row)
+            if meter is not None:
+                show_nothing_within()
+                block.run(_counting(meter, _count(problem, tiling, part, job), checkpoint))
+            else:
+                block.run(checkpoint and (lambda key: checkpoint()))
 
-        def attend(job: _Job) -> None:
-            with np.errstate(all="ignore"):
-                Block(problem, buffers, tiling, slices[job.slice], job.outer, job.first_unit, job.first_row).run()
+        def attend_silently(job: _Job, checkpoint: Callable[[], None] | None) -> None:
+            without_float_warnings(attend, job, checkpoint)
 
-        if not tiling.guards_blas:
-            for job in jobs:
-                attend(job)
-            return
-        with one_blas_thread:
-            run_jobs(attend, jobs, tiling.threads if control() else 1)
+        if tiling.guards_blas:
+            workers = tiling.threads if control() else 1
+            one_blas_thread.run(lambda: run_jobs(attend_silently, jobs, workers))
+        else:
+            without_float_warnings(run_jobs, attend, jobs, 1)
+        if meter is not None:
+            meter.finish()
 
     def merge_reasons(self, parts: Parts) -> list[str]:
         """See `cupyflash.backends.registry.Merger`."""
@@ -180,3 +192,41 @@ def _places(lead_shape: tuple[int, ...], num_slices: int, tiling: Tiling) -> Ite
         for outer in itertools.product(*map(range, lead_shape[:-1])):
             for first_unit in range(0, lead_shape[-1], tiling.units):
                 yield part, outer, first_unit
+
+
+# --- counting what is done -----------------------------------------------------------------------------------------
+
+
+class _Count(NamedTuple):
+    """The scores that a job walks over: so many of each key in [start, stop)."""
+
+    of_a_key: int
+    start: int
+    stop: int
+
+    @property
+    def scores(self) -> int:
+        return self.of_a_key * max(0, self.stop - self.start)
+
+
+def _count(problem: Problem, tiling: Tiling, part: Slice, job: _Job) -> _Count:
+    units = min(tiling.units, part.lead_shape[-1] - job.first_unit)
+    last_row = min(job.first_row + tiling.rows, problem.seqlen_q)
+    keys = problem.band.key_range(job.first_row, last_row, problem.seqlen_k)
+    return _Count(units * part.query.shape[-3] * (last_row - job.first_row), *keys)
+
+
+def _counting(meter: Meter, count: _Count, checkpoint: Callable[[], None] | None) -> Callable[[int], None]:
+    """A checkpoint for one job that counts what is done for the first time."""
+    seen = count.start
+
+    def passed(key: int) -> None:
+        nonlocal seen
+        if checkpoint is not None:
+            checkpoint()
+        key = min(key, count.stop)
+        if key > seen:
+            scores, seen = count.of_a_key * (key - seen), key
+            meter.add(scores)
+
+    return passed

@@ -17,19 +17,22 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import stat
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 try:
     import fcntl
 except ImportError:  # Windows: renaming keeps entries whole, only the waiting for one another is lost
     fcntl = None  # type: ignore[assignment]
+
+from cupyflash.interrupts import settle_after
 
 __all__ = ["Cache", "default_cache", "default_folder", "digest"]
 
@@ -103,8 +106,9 @@ class Cache:
         key
             a name from `digest`.
         build
-            called with an empty folder, to put the entry's files into.  What it raises comes back
-            to the caller, and nothing is stored.
+            called with an empty folder, to put the entry's files into.  What it raises, and Ctrl-C, comes back
+            to the caller, and nothing is stored.  The folder around that one is for what is needed on the way; both
+            are gone afterwards.
 
         Returns
         -------
@@ -118,15 +122,17 @@ class Cache:
         with self._lock(key):
             if self._use(entry):  # built while this process waited
                 return entry
-            workplace = Path(tempfile.mkdtemp(prefix=f".{key[:8]}-", dir=self.folder))
-            try:
+            workplace = self.folder / f".{key[:8]}-{secrets.token_hex(8)}"
+
+            def build_and_install() -> None:
+                workplace.mkdir(mode=0o700)
                 made = workplace / "made"
                 made.mkdir(mode=0o700)
                 build(made)
                 _write_manifest(made)
                 self._install(made, entry)
-            finally:
-                shutil.rmtree(workplace, ignore_errors=True)
+
+            settle_after(build_and_install, partial(shutil.rmtree, workplace, ignore_errors=True))
             self._evict_now_and_then(entry)
         return entry
 

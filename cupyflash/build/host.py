@@ -10,6 +10,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from cupyflash.build.cache import Cache, digest
 from cupyflash.build.source import KernelSource, kernels_folder
 from cupyflash.errors import KernelCompileError, Unsupported
+from cupyflash.interrupts import settle_after
 
 __all__ = ["Compiler", "build_kernel", "build_runtime", "find_compiler"]
 
@@ -162,9 +164,21 @@ def build_kernel(source: KernelSource, cache: Cache, runtime: Path) -> Path:
 
 def _compile(compiler: Compiler, arguments: Sequence[str], output: Path, what: str) -> None:
     command = [*compiler.command, *arguments, "-o", str(output)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Ctrl-C reaches Python alone (a session of its own), and ends the compiler with the programs that it has started.
+    # What they leave half done lies in the folder around the entry's, and goes with it.
+    environment = {**os.environ, "TMPDIR": str(output.parent.parent)}
+    run = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+    def end() -> None:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.communicate()
+
+    _, log = settle_after(run.communicate, end)
     if run.returncode != 0:
-        raise KernelCompileError(f"{compiler.command[0]} could not compile {what}", log=run.stderr)
+        raise KernelCompileError(f"{compiler.command[0]} could not compile {what}", log=log)
 
 
 def _machine_flags() -> tuple[str, ...]:

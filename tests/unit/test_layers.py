@@ -23,6 +23,8 @@ ORDER = [
     "hashing",
     "interop",
     "environment",
+    "interrupts",
+    "progress",
     "problem",
     "problem.dtypes",
     "problem.masks",
@@ -107,6 +109,7 @@ REQUIREMENTS = {"numpy", "ml_dtypes"}
 # Imported by the functions that need it, or by the one module that nobody imports without it.
 OPTIONAL = {
     "interop": {"cupy"},
+    "progress": {"tqdm"},
     "testing": {"hypothesis"},
     "build.nvrtc": {"cuda"},
     "integrations.transformers": {"torch", "transformers"},
