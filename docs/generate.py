@@ -120,12 +120,17 @@ page = as_html(found)
 
 ## `CUPYFLASH_DEBUG`
 
-| level | printed on standard error for each kernel launch, with all of the levels before |
-|---|---|
-| 1 | kernel, grid, block, shared memory |
-| 2 | the kernel's parameters |
-| 3 | the path of its source, all its headers in one text |
-| 4 | registers, stack, spills and instructions, compiled for the GPU's architecture |
+Printed on standard error, each level with all of those before; on every path, also of `merge_attention` by a kernel:
+
+| level | `cuda`, `emulator`: for each kernel launch | `numpy`, `math`: for each call |
+|---|---|---|
+| 1 | kernel, grid, block, shared memory | tiles, jobs and threads; shape and size of the scores |
+| 2 | the kernel's parameters | the call as it is understood: shapes, dtype, scale, mask |
+| 3 | the path of its source, all its headers in one text | |
+| 4 | registers, stack, spills and instructions, compiled for the GPU's architecture | |
+
+0, or nothing, prints nothing; anything else is refused with a ValueError. What the plan for a GPU would be, and why,
+`explain` says.
 """
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..build.bulk import Ints, plan_of
 from ..build.cache import default_cache
-from ..build.debug import debug_level, show_launch
+from ..build.debug import show_launch
 from ..build.functor import NO_MODS
 from ..build.launch import launches
 from ..build.merging import merge_parts, merge_refusals
@@ -30,6 +30,7 @@ from ..build.modding import CallMods, trace_mods
 from ..build.nvrtc import compile_cubin, nvrtc_version
 from ..build.operands import prepare
 from ..build.rendering import arch_for, entry_of, render_kernel
+from ..environment import debug_level
 from ..errors import Unsupported
 from ..plan.choose import refusals, use_timed
 from ..plan.device import DeviceSpec

@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 
 from ..build.bulk import plan_of
-from ..build.debug import debug_level, show_launch
+from ..build.debug import show_launch
 from ..build.host import find_compiler
 from ..build.launch import launches
 from ..build.merging import merge_parts, merge_refusals
 from ..build.modding import trace_mods
 from ..build.operands import prepare
 from ..build.rendering import arch_for, entry_of, render_kernel
+from ..environment import debug_level
 from ..errors import Unsupported
 from ..plan.choose import refusals
 from ..plan.device import DEVICES, EMULATOR, DeviceSpec

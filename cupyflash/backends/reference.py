@@ -12,9 +12,11 @@ It computes in the accumulation dtype, on NumPy and CuPy arrays alike.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
+from ..environment import debug_level, say
 from ..interrupts import without_float_warnings
 from ..problem.mods import Coordinates, add_alibi, apply_mask_mod, apply_score_mod, cap_scores
 from ..problem.parts import Parts
@@ -34,6 +36,8 @@ class MathBackend:
 
     def run(self, problem: Problem, buffers: Buffers) -> None:
         """See `cupyflash.backends.registry.Backend`."""
+        if level := debug_level():
+            say(_description(problem, level))
         with nullcontext() if problem.library == "numpy" else buffers.query.device:
             without_float_warnings(_run, problem, buffers)
 
@@ -44,6 +48,15 @@ class MathBackend:
     def merge(self, parts: Parts) -> tuple[Any, Any]:
         """See `cupyflash.backends.registry.Merger`."""
         return join_arrays(parts)
+
+
+def _description(problem: Problem, level: int) -> Iterator[str]:
+    """What CUPYFLASH_DEBUG prints of a call."""
+    shape = (*problem.batch_shape, problem.num_heads_q, problem.seqlen_q, problem.seqlen_k)
+    dtype = problem.element.accumulator
+    yield f"math: scores {shape} of {dtype.name}, {math.prod(shape) * dtype.itemsize / 2**20:.1f} MiB"
+    if level >= 2:
+        yield from (f"  {line.strip()}" for line in str(problem).splitlines())
 
 
 def _run(problem: Problem, buffers: Buffers) -> None:

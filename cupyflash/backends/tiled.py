@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from ..environment import debug_level, say
 from ..interrupts import without_float_warnings
 from ..problem.parts import Parts
 from ..problem.problem import Buffers, Problem
@@ -61,6 +62,9 @@ class NumpyBackend:
         jobs: Iterable[_Job] = (
             few_jobs if few_jobs is not None else _jobs(problem, first.lead_shape, len(slices), tiling)
         )
+        if level := debug_level():
+            jobs = tuple(jobs)
+            say(_description(problem, tiling, len(jobs), level))
         meter = new_meter()
         if meter is not None:
             jobs = tuple(jobs)
@@ -96,6 +100,14 @@ class NumpyBackend:
 
 
 # --- cutting a call into jobs --------------------------------------------------------------------------------------
+
+
+def _description(problem: Problem, tiling: Tiling, num_jobs: int, level: int) -> Iterator[str]:
+    """What CUPYFLASH_DEBUG prints of a call."""
+    threads = min(tiling.threads if control() else 1, num_jobs)
+    yield f"numpy: tiles of {tiling.rows} rows and {tiling.keys} keys; jobs: {num_jobs}, threads: {threads}"
+    if level >= 2:
+        yield from (f"  {line.strip()}" for line in str(problem).splitlines())
 
 
 @lru_cache(maxsize=512)

@@ -8,46 +8,25 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from ..environment import reader_of
+from ..environment import say
 from ..errors import Unsupported
 from ..plan.specs import KernelSpec, Launch
 from .cache import default_cache, digest
 from .nvrtc import compile_cubin
 from .rendering import entry_of, render_kernel
 
-__all__ = ["debug_level", "show_launch"]
-
-_ENVIRONMENT = "CUPYFLASH_DEBUG"
-_read_environment = reader_of(_ENVIRONMENT)
-
-
-def debug_level() -> int:
-    """The level that the environment asks for, 0 where it does not.
-
-    Raises
-    ------
-    ValueError
-        It is no int from 0 to 4.
-    """
-    text = _read_environment()
-    if not text:
-        return 0
-    if text not in ("0", "1", "2", "3", "4"):
-        raise ValueError(f"{_ENVIRONMENT} must be an int from 0 to 4, but was {text!r}")
-    return int(text)
+__all__ = ["show_launch"]
 
 
 def show_launch(launch: Launch, args: tuple[np.void, ...], arch: str, level: int) -> None:
     """Print what the level, at least 1, asks for."""
-    for line in _lines(launch, args, arch, level):
-        print(f"cupyflash: {line}", file=sys.stderr)
+    say(_lines(launch, args, arch, level))
 
 
 def _lines(launch: Launch, args: tuple[np.void, ...], arch: str, level: int) -> Iterator[str]:

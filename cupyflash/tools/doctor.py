@@ -24,8 +24,8 @@ from .. import __version__, attention, backends
 from ..backends import blas, pool
 from ..backends.emulated import options_from
 from ..build.cache import Cache, default_folder
-from ..build.debug import debug_level
 from ..build.source import kernels_folder
+from ..environment import debug_level
 from ..plan.tiles import TILES
 from .probe import QUESTIONS, Finding, ask
 

@@ -10,6 +10,7 @@ import pytest
 import cupyflash
 from cupyflash.build import debug
 from cupyflash.build.rendering import render_kernel
+from cupyflash.environment import debug_level
 from cupyflash.plan.choose import choose
 from cupyflash.plan.device import EMULATOR
 from cupyflash.problem.normalize import normalize
@@ -57,4 +58,52 @@ def test_resources_without_nvrtc_are_an_answer(monkeypatch: pytest.MonkeyPatch) 
 def test_a_wrong_level_is_named(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("CUPYFLASH_DEBUG", text)
     with pytest.raises(ValueError, match=rf"CUPYFLASH_DEBUG must be an int from 0 to 4, but was '{text}'"):
-        debug.debug_level()
+        debug_level()
+
+
+def lines_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], level: str, backend: str
+) -> list[str]:
+    monkeypatch.setenv("CUPYFLASH_DEBUG", level)
+    monkeypatch.setenv("CUPYFLASH_NUM_THREADS", "1")
+    ones = np.ones((2, 4, 16, 64), np.float16)
+    cupyflash.attention(ones, ones, ones, scale=0.5, is_causal=True, backend=backend)
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("backend", "first"),
+    [
+        ("numpy", "cupyflash: numpy: tiles of 16 rows and 16 keys; jobs: 1, threads: 1"),
+        ("math", "cupyflash: math: scores (2, 4, 16, 16) of float32, 0.0 MiB"),
+    ],
+)
+def test_backends_without_kernels_say_what_they_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: str, first: str
+) -> None:
+    assert lines_of(monkeypatch, capsys, "", backend) == lines_of(monkeypatch, capsys, "0", backend) == []
+    assert lines_of(monkeypatch, capsys, "1", backend) == [first]
+    second = lines_of(monkeypatch, capsys, "2", backend)
+    assert second[0] == first
+    assert "scale=0.5, keys j with j - i <= 0" in second[-1]
+    assert lines_of(monkeypatch, capsys, "3", backend) == lines_of(monkeypatch, capsys, "4", backend) == second
+
+
+@pytest.mark.parametrize("backend", ["numpy", "math"])
+def test_a_wrong_level_is_refused_by_backends_without_kernels(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    monkeypatch.setenv("CUPYFLASH_DEBUG", "all")
+    ones = np.ones((4, 8), np.float32)
+    with pytest.raises(ValueError, match="CUPYFLASH_DEBUG must be an int from 0 to 4, but was 'all'"):
+        cupyflash.attention(ones, ones, ones, backend=backend)
+
+
+@pytest.mark.usefixtures("cxx")
+def test_merging_by_a_kernel_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("CUPYFLASH_DEBUG", "1")
+    cupyflash.merge_attention(
+        [np.ones((2, 4, 8), np.float32)] * 2, [np.ones((2, 4), np.float32)] * 2, backend="emulator"
+    )
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cupyflash: merge")
