@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 
 from .backends.registry import select
 from .interop import NATIVE, call, is_foreign
@@ -11,9 +11,101 @@ from .problem.checks import check_stage
 from .problem.mods import MaskMod, ScoreMod
 from .problem.normalize import normalize, restore
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["attention", "attention_weights"]
 
+Array = TypeVar("Array")
 
+
+class _Options(TypedDict, total=False):
+    """What does not change the type of the result; for type checkers."""
+
+    attn_mask: Any
+    dropout_p: float
+    is_causal: bool
+    scale: float | None
+    enable_gqa: bool
+    window: Sequence[int | None] | None
+    align: str | int
+    softcap: float | None
+    alibi_slopes: Any
+    sinks: Any
+    score_mod: ScoreMod | None
+    mask_mod: MaskMod | None
+    seed: Any
+    precision: str
+    out: Any
+    backend: str | None
+
+
+# The results by return_lse and return_weights, then the first eight arguments by place, as with PyTorch.
+@overload
+def attention(
+    query: Array,
+    key: Any,
+    value: Any,
+    *,
+    return_lse: Literal[False] = False,
+    return_weights: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Array: ...
+@overload
+def attention(
+    query: Array,
+    key: Any,
+    value: Any,
+    *,
+    return_lse: Literal[True],
+    return_weights: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> tuple[Array, Any]: ...
+@overload
+def attention(
+    query: Array,
+    key: Any,
+    value: Any,
+    *,
+    return_lse: Literal[False] = False,
+    return_weights: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Array, Array]: ...
+@overload
+def attention(
+    query: Array,
+    key: Any,
+    value: Any,
+    *,
+    return_lse: Literal[True],
+    return_weights: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Array, Any, Array]: ...
+@overload
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window: Sequence[int | None] | None = None,
+    align: str | int = "top_left",
+    softcap: float | None = 0.0,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    seed: Any = None,
+    precision: str = "ieee",
+    return_lse: bool = False,
+    return_weights: bool = False,
+    out: Any = None,
+    backend: str | None = None,
+) -> Any: ...
 def attention(
     query: Any,
     key: Any,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from .backends.registry import select_merger
 from .interop import NATIVE, call, is_foreign
@@ -12,7 +12,10 @@ from .problem.parts import check_parts
 __all__ = ["merge_attention"]
 
 
-def merge_attention(outs: Sequence[Any], lses: Sequence[Any], *, backend: str | None = None) -> tuple[Any, Any]:
+Array = TypeVar("Array")
+
+
+def merge_attention(outs: Sequence[Array], lses: Sequence[Any], *, backend: str | None = None) -> tuple[Array, Any]:
     """Merge attention outputs over disjoint key sets into attention over their union.
 
     With parts (o_i, lse_i) of the same queries, lse = log Σ exp lse_i and out = Σ exp(lse_i - lse) · o_i

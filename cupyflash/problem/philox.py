@@ -34,6 +34,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..interop import read_seed
 from .shapes import check_shape, is_int
@@ -133,7 +134,7 @@ def keep_tile(seed: Any, dropout_p: float, heads: Any, rows: Any, columns: Any, 
     return kept.reshape(*heads.shape, *kept.shape[1:])
 
 
-def dropout_mask(shape: tuple[int, ...], dropout_p: float, seed: Any) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def dropout_mask(shape: tuple[int, ...], dropout_p: float, seed: Any) -> npt.NDArray[np.bool_]:
     """The mask that `attention(..., dropout_p=dropout_p, seed=seed)` applies to its weights.
 
     Whether weight (b, h, i, j) is kept depends on a Philox4x32-10 word (Salmon et al., SC'11) of (seed, b·Hq

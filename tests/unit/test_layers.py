@@ -108,6 +108,7 @@ SHARED = {
 REQUIREMENTS = {"numpy", "ml_dtypes"}
 # Imported by the functions that need it, or by the one module that nobody imports without it.
 OPTIONAL = {
+    "api": {"typing_extensions"},  # for type checkers, which have it
     "interop": {"cupy"},
     "progress": {"tqdm"},
     "testing": {"hypothesis"},
