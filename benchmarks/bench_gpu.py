@@ -13,6 +13,8 @@ the GPU works on it.  Where a case reads each byte about once, the operands rota
 cache, and replays of a CUDA graph of all those calls are timed.  A ratio is the other's time over ours in the same
 round; its median and quartiles are kept.
 
+A line for each row tells how far it is; a bar would have the host do something else while it is timed.
+
 Before it is timed, each result is checked: some rows of the first and the last head against the float64 formula by
 the rule of `cupyflash.testing`, and all of it for NaN.  An implementation that refuses a case or fails the check is
 left out of it, with the reason; if it is ours, the exit status is 1.

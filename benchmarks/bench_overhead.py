@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # measure the checkout around this file
 
@@ -265,6 +266,14 @@ def describe_row(row: Report) -> str:
     return f"{row['name']:<44}{format_seconds(ours['min']):>9}{judged} … {format_seconds(ours['median'])} median"
 
 
+def measure_rows(chosen: Sequence[str], samples: int) -> Iterator[Report]:
+    for row in ROWS:
+        if row.name in chosen:
+            yield measure(row, samples)
+    if any(name in chosen for name in FIRST_CALLS):
+        yield from measure_first_calls(chosen)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the Python time of a call on CuPy arrays, without a GPU.")
     parser.add_argument("--cases", default="*", metavar="GLOB", help="rows whose name matches")
@@ -296,14 +305,11 @@ def main() -> None:
     install()
     emulated._kernel = lambda spec: NullKernel()  # type: ignore[assignment]  # nothing is compiled or run
     samples = QUICK_SAMPLES if given.quick else SAMPLES
-    for row in ROWS:
-        if row.name in chosen:
-            report["results"].append(measure(row, samples))
-            print(describe_row(report["results"][-1]))
-    if any(name in chosen for name in FIRST_CALLS):
-        for measured in measure_first_calls(chosen):
+    with tqdm(total=len(chosen), unit="row", disable=None) as progress:
+        for measured in measure_rows(chosen, samples):
             report["results"].append(measured)
-            print(describe_row(measured))
+            progress.update()
+            progress.write(describe_row(measured))
 
     out = given.out
     if out is None and chosen == names and not given.quick:

@@ -5,6 +5,8 @@
     python benchmarks/roofline.py --results [FILE.json]        beside what bench_gpu.py measured
     python benchmarks/roofline.py --write [--check]            docs/roofline.md
 
+What takes long, compiling, is kept; each line is printed as soon as it is known, and there is no bar beside them.
+
 A kernel is a step, repeated for each tile of keys.  Its instructions are read off the compiled cubin: the loop around
 the products, along its shortest way, since most tiles need no mask; with whatever stands in the loop where something
 changes the scores.  Each instruction goes to a pipe of the SM, and a pipe does so many lanes or bytes in a cycle:

@@ -116,7 +116,7 @@ def explain(*args: Any, device: str | DeviceSpec | None = None, **kwargs: Any) -
         arguments["seed"] = 0  # one that is drawn would move the caller's generator on
     problem, buffers = normalize(**arguments)
     if device is not None and name not in (None, "cuda"):
-        raise ValueError(f'device is for backend "cuda", but backend was {name!r}')
+        raise ValueError(f'backend must be "cuda" or None where a device is named, but was {name!r}')
     if device is not None:
         found = _explain_kernels(replace(problem, library="cupy"), buffers, "cuda", _device(device))
     else:

@@ -120,7 +120,7 @@ def tune(*args: Any, **kwargs: Any) -> Tuning:
     arguments = dict(_SIGNATURE.bind(*args, **kwargs).arguments)
     name = arguments.pop("backend", None)
     if name not in (None, "cuda"):
-        raise ValueError(f'tune times the kernels of backend "cuda", but backend was {name!r}')
+        raise ValueError(f'backend must be "cuda" or None, since tune times its kernels, but was {name!r}')
     if type(arguments["query"]) not in NATIVE and is_foreign(arguments["query"]):
         arguments = read_all(arguments)
     if arguments.get("seed") is None:

@@ -113,7 +113,7 @@ def options_from(text: str) -> Options:
         kind = type(getattr(default, name))
         if kind is not str and not (value.isdecimal() and (kind is int or value in "01")):
             raise ValueError(
-                f"{_ENVIRONMENT} must set {name} to {'0 or 1' if kind is bool else 'an integer'}: {text!r}"
+                f"{_ENVIRONMENT} must set {name} to {'0 or 1' if kind is bool else 'an int ≥ 0'}, but was {text!r}"
             )
         chosen[name] = value if kind is str else kind(int(value))
     return Options(**chosen)
@@ -135,7 +135,7 @@ def device_from(text: str) -> DeviceSpec:
     name = _items(text).get("device", EMULATOR.name)
     known = {EMULATOR.name: EMULATOR, **DEVICES}
     if name not in known:
-        raise ValueError(f"{_ENVIRONMENT} must set device to one of {', '.join(known)}: {text!r}")
+        raise ValueError(f"{_ENVIRONMENT} must set device to one of {', '.join(known)}, but was {text!r}")
     return known[name]
 
 

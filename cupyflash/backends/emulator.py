@@ -80,11 +80,11 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.schedule not in _SCHEDULES:
-            raise ValueError(f"schedule={self.schedule!r} is unknown; expected one of {', '.join(_SCHEDULES)}")
+            raise ValueError(f"schedule must be one of {', '.join(_SCHEDULES)}, but was {self.schedule!r}")
         if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed={self.seed} does not fit 64 bits")
+            raise ValueError(f"seed must be in [0, 2**64), but was {self.seed}")
         if self.workers < 1:
-            raise ValueError(f"workers={self.workers}: at least 1 is needed")
+            raise ValueError(f"workers must be at least 1, but was {self.workers}")
 
 
 @dataclass(frozen=True)

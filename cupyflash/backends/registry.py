@@ -118,7 +118,7 @@ def register_backend(name: str, backend: Backend, *, overwrite: bool = False) ->
     if not isinstance(name, str):
         raise TypeError(f"name must be a str, but was {name!r}")
     if not name:
-        raise ValueError("name must not be empty")
+        raise ValueError("name must have at least one character, but was empty")
     if isinstance(backend, type):
         raise TypeError(f"backend must be an object with the methods reasons and run, but was the class {backend!r}")
     if not isinstance(backend, Backend):

@@ -408,7 +408,7 @@ def trace_mod(function: Callable[..., Any], *, dtype: npt.DTypeLike = np.float32
     """
     accumulator = np.dtype(dtype)
     if accumulator not in (np.float32, np.float64):
-        raise TypeError(f"dtype={accumulator} is no dtype of scores; expected float32 or float64")
+        raise TypeError(f"dtype must be float32 or float64, as scores are, but was {accumulator}")
     signature = inspect.signature(function)
     for count, kind in ((5, "score_mod"), (4, "mask_mod")):
         try:
@@ -418,6 +418,6 @@ def trace_mod(function: Callable[..., Any], *, dtype: npt.DTypeLike = np.float32
         trace = trace_score_mod(function, accumulator) if kind == "score_mod" else trace_mask_mod(function)
         return TracedMod(kind, trace)
     raise TypeError(
-        f"function takes {signature}; expected (score, b, h, q_idx, kv_idx) for a score_mod or (b, h, q_idx, kv_idx) "
-        "for a mask_mod"
+        "function must take (score, b, h, q_idx, kv_idx) as a score_mod or (b, h, q_idx, kv_idx) as a mask_mod, "
+        f"but takes {signature}"
     )

@@ -22,6 +22,7 @@ __all__ = [
     "check_flag",
     "check_library",
     "check_out",
+    "check_per_head",
     "check_precision",
     "check_scale",
     "check_seed_array",
@@ -49,12 +50,15 @@ def library_of(name: str, array: Any) -> str:
         return "numpy"
     if isinstance(array, np.ndarray):
         if isinstance(array, (np.ma.MaskedArray, np.matrix)):
-            raise TypeError(f"{name} must be a plain array, but was a {type(array).__name__}, which is not supported")
+            raise TypeError(
+                f"{name} must be a plain array, but was a {type(array).__name__}: pass numpy.asarray({name})"
+            )
         return "numpy"
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(array, cupy.ndarray):
         return "cupy"
-    raise TypeError(f"{name} must be an array of NumPy, CuPy or a library with DLPack, but was {type(array).__name__}")
+    found = "None" if array is None else f"of type {type(array).__name__}"
+    raise TypeError(f"{name} must be an array of NumPy, CuPy or a library with DLPack, but was {found}")
 
 
 def plain_array(array: Any) -> Any:
@@ -92,7 +96,7 @@ def check_library(name: str, array: Any, library: str, first: str) -> None:
 def check_callable(name: str, function: Any) -> bool:
     """Return whether there is a function; raise a TypeError if it is not one."""
     if function is not None and not callable(function):
-        raise TypeError(f"{name} must be callable, but was {type(function).__name__}")
+        raise TypeError(f"{name} must be callable, but was of type {type(function).__name__}")
     return function is not None
 
 
@@ -103,9 +107,8 @@ def common_dtype(query: Any, key: Any, value: Any) -> DType:
         return element
     for name, array in (("query", query), ("key", key), ("value", value)):
         if array.dtype not in DTYPES:
-            raise TypeError(
-                f"{name} must be float16, bfloat16, float32 or float64 in native byte order, but was {_named(array)}"
-            )
+            hint = "" if array.dtype.isnative else _in_native_order(name, array)
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, but was {_named(array)}{hint}")
     for name, array in (("key", key), ("value", value)):
         if array.dtype != query.dtype:
             raise TypeError(f"{name} must have query's dtype {query.dtype}, but was {array.dtype}")
@@ -122,7 +125,7 @@ def split_mask(attn_mask: Any, query: Any, dtype: DType) -> tuple[Any, Any]:
     """attn_mask as (float mask or None, bool mask or None)."""
     if isinstance(attn_mask, tuple):
         if len(attn_mask) != 2:
-            raise ValueError(f"attn_mask as a tuple must be (float_mask, bool_mask), but had {len(attn_mask)} items")
+            raise ValueError(f"attn_mask as a tuple must be (float_mask, bool_mask), but had length {len(attn_mask)}")
         float_mask, bool_mask = (array_like_query(f"attn_mask[{i}]", attn_mask[i], query) for i in range(2))
         if bool_mask.dtype != bool or float_mask.dtype == bool:
             raise TypeError(
@@ -140,9 +143,28 @@ def split_mask(attn_mask: Any, query: Any, dtype: DType) -> tuple[Any, Any]:
 def _check_float_mask(name: str, mask: Any, dtype: DType) -> None:
     if mask.dtype in (dtype.storage, np.dtype(np.float32)) and mask.dtype.isnative:
         return
-    allowed = "float32" if dtype.name == "float32" else f"{dtype.name} (the query's dtype) or float32"
-    hint = "; NumPy makes float64 by default: pass .astype(np.float32)" if mask.dtype == np.float64 else ""
-    raise TypeError(f"{name} must be bool or {allowed} in native byte order, but was {_named(mask)}{hint}")
+    raise TypeError(f"{name} must be bool or {_or_float32(dtype)}, but was {_named(mask)}{_hint(name, mask)}")
+
+
+def check_per_head(name: str, array: Any, dtype: DType | None) -> None:
+    """Raise a TypeError if the array is not float32, or in the query's dtype, which None says it may not be."""
+    if array.dtype != np.float32 and (dtype is None or array.dtype != dtype.storage):
+        allowed = "float32" if dtype is None else _or_float32(dtype)
+        raise TypeError(f"{name} must be {allowed}, but was {_named(array)}{_hint(name, array)}")
+
+
+def _or_float32(dtype: DType) -> str:
+    return "float32" if dtype.name == "float32" else f"{dtype.name} (the query's dtype) or float32"
+
+
+def _hint(name: str, array: Any) -> str:
+    if array.dtype == np.float64:
+        return f", which NumPy makes by default: pass {name}.astype(np.float32)"
+    return "" if array.dtype.isnative else _in_native_order(name, array)
+
+
+def _in_native_order(name: str, array: Any) -> str:
+    return f": pass {name}.astype(np.{array.dtype.name})"
 
 
 def check_seed_array(seed: Any, query: Any) -> Any:

@@ -24,6 +24,7 @@ from .checks import (
     check_devices,
     check_flag,
     check_out,
+    check_per_head,
     check_precision,
     check_scale,
     check_seed_array,
@@ -89,12 +90,10 @@ def normalize(
     float_mask, bool_mask = (None, None) if attn_mask is None else split_mask(attn_mask, query, dtype)
     if alibi_slopes is not None:
         alibi_slopes = array_like_query("alibi_slopes", alibi_slopes, query)
-        if alibi_slopes.dtype != np.float32:
-            raise TypeError(f"alibi_slopes must be float32, but was {alibi_slopes.dtype}")
+        check_per_head("alibi_slopes", alibi_slopes, None)
     if sinks is not None:
         sinks = array_like_query("sinks", sinks, query)
-        if sinks.dtype != np.float32 and sinks.dtype != query.dtype:
-            raise TypeError(f"sinks must be {dtype.name} (the query's dtype) or float32, but was {sinks.dtype}")
+        check_per_head("sinks", sinks, dtype)
 
     if seed is not None:
         seed = check_seed_array(seed, query)

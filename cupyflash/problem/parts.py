@@ -58,7 +58,7 @@ def check_parts(outs: Sequence[Any], lses: Sequence[Any]) -> Parts:
 
 def _check_sequence(name: str, parts: Sequence[Any]) -> tuple[Any, ...]:
     if not isinstance(parts, (tuple, list)):
-        raise TypeError(f"{name} must be a tuple or list of arrays, but was {type(parts).__name__}")
+        raise TypeError(f"{name} must be a tuple or list of arrays, but was of type {type(parts).__name__}")
     if not parts:
         raise ValueError(f"{name} must have at least one part, but was empty")
     return tuple(parts)

@@ -83,11 +83,11 @@ def test_wrong_launch():
         echo(*values, grid=(0,))
     with pytest.raises(ValueError, match="name='other' is no entry of test; it has echo, nothing"):
         compiled(ECHO).get_function("other")
-    with pytest.raises(ValueError, match="schedule='fair' is unknown; expected one of fifo, random, priority"):
+    with pytest.raises(ValueError, match="schedule must be one of fifo, random, priority, but was 'fair'"):
         Options(schedule="fair")
-    with pytest.raises(ValueError, match="workers=0"):
+    with pytest.raises(ValueError, match="workers must be at least 1, but was 0"):
         Options(workers=0)
-    with pytest.raises(ValueError, match="seed=-1"):
+    with pytest.raises(ValueError, match=r"seed must be in \[0, 2\*\*64\), but was -1"):
         Options(seed=-1)
 
 

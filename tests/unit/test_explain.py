@@ -187,7 +187,11 @@ def test_nothing_to_compute(empty: tuple[int, ...]) -> None:
     [
         ({"device": "H20"}, ValueError, "device must be one of T4, A100, .*, or a DeviceSpec, but was 'H20'"),
         ({"device": 90}, TypeError, "device must be a name or a DeviceSpec, but was 90"),
-        ({"device": "H200", "backend": "numpy"}, ValueError, "device is for backend \"cuda\", but backend was 'numpy'"),
+        (
+            {"device": "H200", "backend": "numpy"},
+            ValueError,
+            "backend must be \"cuda\" or None where a device is named, but was 'numpy'",
+        ),
         ({"backend": "nowhere"}, ValueError, "backend must be one of .* but was 'nowhere'"),
         ({"is_causal": 3}, TypeError, "is_causal must be a bool, but was 3"),
         ({"stage": "raw"}, TypeError, "unexpected keyword argument 'stage'"),

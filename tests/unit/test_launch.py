@@ -181,10 +181,10 @@ def test_options_of_the_environment() -> None:
     [
         ("sede=3", r"CUPYFLASH_EMULATOR must set each of schedule, seed, .* once at most, but was 'sede=3'"),
         ("seed=3,seed=4", "once at most"),
-        ("seed=x", "must set seed to an integer"),
-        ("seed", "must set seed to an integer"),
-        ("race_detector=2", "must set race_detector to 0 or 1"),
-        ("schedule=slow", "schedule='slow' is unknown"),
+        ("seed=x", "must set seed to an int ≥ 0, but was"),
+        ("seed", "must set seed to an int ≥ 0, but was"),
+        ("race_detector=2", "must set race_detector to 0 or 1, but was"),
+        ("schedule=slow", "schedule must be one of fifo, random, priority, but was 'slow'"),
         ("workers=0", "at least 1"),
     ],
 )

@@ -304,7 +304,11 @@ def test_keys_tell_selectors_apart() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"backend": "numpy"}, ValueError, r"tune times the kernels of backend \"cuda\", but backend was 'numpy'"),
+        (
+            {"backend": "numpy"},
+            ValueError,
+            r"backend must be \"cuda\" or None, since tune times its kernels, but was 'numpy'",
+        ),
         ({"window": 3}, TypeError, "window"),
         ({"precision": "tf32"}, cupyflash.Unsupported, "this call can't be timed: it has no precision 'tf32'"),
     ],
