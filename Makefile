@@ -7,12 +7,14 @@ PARALLEL = -n auto --dist worksteal
 SHARD = 1/1
 KERNEL_SOURCES = $(shell find kernels_cu -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
-.PHONY: help check lint test compile-all fuzz bench docs gpu format
+.PHONY: help check quick lint test compile-all fuzz bench docs gpu dist format
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
-check: lint  ## lint and the quick tests: before every commit
+check: lint quick  ## lint and the quick tests: before every commit
+
+quick:  ## the quick tests
 	$(PYTHON) -m pytest $(PARALLEL) -q -m "not slow and not gpu"
 
 lint:  ## formatting, ruff, mypy, clang-format (pip install -e '.[dev]')
@@ -38,6 +40,12 @@ docs:  ## the documentation as a site, build/site/index.html (pip install -e '.[
 
 gpu:  ## record, test, check and measure on a GPU, in about 9 minutes
 	$(PYTHON) -m tests.gpu.run
+
+dist:  ## source archive and wheel in dist/, checked, and tried outside of the tree (pip install -e '.[dev]')
+	rm -rf dist
+	$(PYTHON) -m build
+	$(PYTHON) -m twine check --strict dist/*
+	$(PYTHON) -m tests.dist dist/*.whl
 
 format:  ## rewrite the files as the formatters want them
 	$(PYTHON) -m ruff check --fix

@@ -17,6 +17,7 @@ import pytest
 
 import cupyflash
 from cupyflash.build.source import kernels_folder, read_kernel
+from tests.dist import try_wheel
 
 pytestmark = pytest.mark.slow
 
@@ -167,7 +168,21 @@ def test_sdist_carries_what_tests_need(checkout: Path, tmp_path: Path) -> None:
     (path,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    folders = [folder for folder in ("tests", "kernels_cu", "examples", "benchmarks") if (checkout / folder).is_dir()]
+    everything = ("tests", "kernels_cu", "examples", "benchmarks", "docs", ".github", ".ci")
+    folders = [folder for folder in everything if (checkout / folder).is_dir()]
     expected = {p.relative_to(checkout).as_posix() for folder in folders for p in (checkout / folder).rglob("*.*")}
     assert expected - names == set()
-    assert {"setup.cfg", "pyproject.toml", "LICENSE", "README.md"} <= names
+    files = {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "README.md", "SECURITY.md"}
+    assert files | {"setup.cfg", "pyproject.toml", "Makefile"} <= names
+
+
+def test_a_wheel_is_all_that_a_new_environment_needs(wheel: Path, tmp_path: Path) -> None:
+    """What `make dist` tries, with the requirements of this environment."""
+    try_wheel(wheel, tmp_path, offline=True)
+
+
+def test_the_wheel_passes_the_index_checks(wheel: Path) -> None:
+    pytest.importorskip("twine", reason="twine is not installed: pip install 'cupyflash[dev]'")
+    command = [sys.executable, "-m", "twine", "check", "--strict", str(wheel)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
