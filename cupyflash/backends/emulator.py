@@ -13,7 +13,8 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from cupyflash.build.cache import default_cache
 from cupyflash.build.host import build_kernel, build_runtime
 from cupyflash.build.source import KernelSource
 from cupyflash.errors import CupyflashError
+from cupyflash.interrupts import settle_after
 
 __all__ = [
     "Counters",
@@ -140,6 +142,7 @@ class _LaunchOptions(ctypes.Structure):
         ("late_landing", ctypes.c_int32),
         ("counters", ctypes.c_int32),
         ("workers", ctypes.c_int32),
+        ("stop", ctypes.POINTER(ctypes.c_int32)),
     )
 
 
@@ -289,12 +292,16 @@ class Function:
             counters=options.counters,
             workers=options.workers,
         )
+        stop = ctypes.c_int32(0)
+        launch_options.stop = ctypes.pointer(stop)
         pointers = (ctypes.c_void_p * max(1, len(values)))(*(ctypes.addressof(value) for value in values))
         numbers = (ctypes.c_uint64 * _NUM_COUNTERS)()
         chunks: list[bytes] = []
         observer = _Observer(lambda data, size: chunks.append(ctypes.string_at(data, size)))
         report = ctypes.create_string_buffer(_REPORT_BYTES)
-        failed = self._runtime.cupyflash_emulator_launch(
+        failed = _call_with_ear_for_signals(
+            self._runtime.cupyflash_emulator_launch,
+            stop,
             ctypes.byref(self._kernel),
             (ctypes.c_uint32 * 3)(*grid, *([1] * (3 - len(grid)))),
             ctypes.c_uint32(block[0]),
@@ -321,6 +328,38 @@ def _observations(chunk: bytes) -> Iterator[Observation]:
         size, block, thread, event = _OBSERVATION.unpack_from(chunk, start)
         start += _OBSERVATION.size + size
         yield Observation(event.rstrip(b"\0").decode(), block, thread, chunk[start - size : start])
+
+
+def _call_with_ear_for_signals(function: Callable[..., int], stop: ctypes.c_int32, *arguments: Any) -> int:
+    """What the function of the runtime returns.  Ctrl-C sets `stop`, and is raised when the function has come back.
+
+    Signals are handled between steps of Python in the main thread, which a call of many seconds is none of: so another
+    thread makes it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return function(*arguments)
+    failed: list[int] = []
+    busy = threading.Lock()
+
+    def work() -> None:
+        with busy:
+            if not stop.value:
+                failed.append(function(*arguments))
+
+    thread = threading.Thread(target=work, name="cupyflash-emulator", daemon=True)
+
+    def wait() -> None:
+        thread.start()
+        thread.join()
+
+    def settle() -> None:
+        if not failed:
+            stop.value = 1
+        with busy:
+            pass
+
+    settle_after(wait, settle)
+    return failed[0]
 
 
 def _pack(name: str, index: int, value: Any) -> ctypes.Array[ctypes.c_char]:

@@ -45,6 +45,7 @@ struct LaunchOptions {
   std::int32_t late_landing;
   std::int32_t counters;
   std::int32_t workers;
+  const std::int32_t* stop = nullptr;  // not 0 there: the caller wants no further block
 };
 
 // What stands before the bytes of an observation. Python reads it: cupyflash/backends/emulator.py.

@@ -60,6 +60,11 @@ class BlockOrder {
   std::uint64_t offset_ = 0;
 };
 
+// Whether the caller, who may do so at any time, has asked for an end.
+bool is_unwanted(const LaunchOptions& options) {
+  return options.stop != nullptr && __atomic_load_n(options.stop, __ATOMIC_RELAXED) != 0;
+}
+
 }  // namespace
 
 }  // namespace emulator
@@ -103,7 +108,7 @@ extern "C" int cupyflash_emulator_launch(const CupyflashKernel* kernel, const st
     block.counters = {};
     block.observations.clear();
     block.races.reset(options->race_detector != 0, shared_bytes);
-    for (std::uint64_t n = next++; n < num_blocks && !launch.stopped; n = next++) {
+    for (std::uint64_t n = next++; n < num_blocks && !launch.stopped && !is_unwanted(*options); n = next++) {
       const std::uint64_t b = order(n);
       const Dim3 index = {static_cast<unsigned int>(b % grid[0]), static_cast<unsigned int>(b / grid[0] % grid[1]),
                           static_cast<unsigned int>(b / grid[0] / grid[1])};
@@ -131,6 +136,7 @@ extern "C" int cupyflash_emulator_launch(const CupyflashKernel* kernel, const st
     observer(workers[w]->observations.data(), workers[w]->observations.size());
   }
 
+  if (reason.empty() && is_unwanted(*options)) return refuse("the caller has stopped it");
   const std::string overrun = check_filling();
   if (reason.empty()) reason = overrun;
   return reason.empty() ? 0 : refuse(reason);

@@ -339,3 +339,29 @@ def compilers_on(folder: Path) -> list[str]:
         if str(folder) in command and "pytest" not in command:
             found.append(command)
     return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The emulator
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("cxx")
+def test_a_launch_of_the_emulator_ends_with_its_block() -> None:
+    """One of hundreds of blocks; all of them would take many seconds."""
+    query = np.zeros((1, 8, 2048, 64), np.float16)
+    cupyflash.attention(query[:, :1, :64], query[:, :1], query[:, :1], backend="emulator")  # compiled
+    sent: list[float] = []
+
+    def send() -> None:
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    timer = threading.Timer(0.5, send)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        cupyflash.attention(query, query, query, backend="emulator")
+    assert time.monotonic() - sent[0] < 5
+    timer.join()
+    result = cupyflash.attention(query[:, :1, :64], query[:, :1], query[:, :1], backend="emulator")
+    assert not result.any()
