@@ -30,6 +30,14 @@ POOL = "cupyflash"  # the name of its threads
 
 
 @pytest.fixture(autouse=True)
+def signals_raise() -> Iterator[None]:
+    """As at a terminal: a shell has what it runs in the background ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
 def three_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUPYFLASH_NUM_THREADS", "3")
 
@@ -143,6 +151,7 @@ INTERRUPTED_CALLS = """
     import cupyflash
     from cupyflash.backends import blas
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     how, functions = sys.argv[1], sys.argv[2] == "functions"
     random.seed(int(sys.argv[3]))
     rng = np.random.default_rng(0)
