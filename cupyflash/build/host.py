@@ -174,7 +174,10 @@ def _compile(compiler: Compiler, arguments: Sequence[str], output: Path, what: s
     def end() -> None:
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
-            run.communicate()
+        for pipe in (run.stdout, run.stderr):
+            if pipe is not None:
+                pipe.close()
+        run.wait()
 
     _, log = settle_after(run.communicate, end)
     if run.returncode != 0:
