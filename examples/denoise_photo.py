@@ -87,7 +87,8 @@ def make_operands(noisy: Array, sigma: float) -> tuple[Array, Array, Array]:
 def denoise(query: Array, key: Array, value: Array) -> Array:
     """Return the filtered (tokens, 3) pixels."""
     if len(query) <= ONE_CALL:
-        return cupyflash.attention(query, key, value, scale=1.0)
+        with cupyflash.progress():  # a bar if it takes more than half a second
+            return cupyflash.attention(query, key, value, scale=1.0)
     out = np.empty_like(value)
     with tqdm(total=len(query), unit=" pixels", unit_scale=True) as progress:
         for start in range(0, len(query), BLOCK):
