@@ -215,7 +215,7 @@ GROUPS = [
         attention(query, key, value, score_mod=lambda s, b, h, q_idx, kv_idx: s + table[kv_idx], backend="emulator")
         """,
         words="A kernel is compiled from what such a function does when it is called once with symbols; `trace_mod` "
-        'shows it, and `backend="numpy"` takes the function as it is. [How to write one](score_mod.md).',
+        'shows it, and `backend="numpy"` takes the function as it is. [How to write one](howto/score_mod.md).',
     ),
     Group(
         "Backends",
@@ -315,7 +315,7 @@ GROUPS = [
         t = torch.zeros(2, 3, 4, 8)
         attention(t, t.to("meta"), t)
         """,
-        words="[Arrays of other libraries](interop.md), after `import torch`.",
+        words="[Arrays of other libraries](howto/interop.md), after `import torch`.",
         needs=("torch",),
     ),
     Group(
@@ -402,7 +402,7 @@ ELSEWHERE = {
     "tune": "the last one needs a GPU: tests/unit/test_tune.py",
     "interop": "needs PyTorch, JAX or another library: tests/unit/test_interop.py",
     "problem.checks.check_library": "needs an array of another library: under PyTorch's tensors",
-    "integrations.transformers": "needs transformers: docs/transformers.md, tests/integrations",
+    "integrations.transformers": "needs transformers: docs/howto/transformers.md, tests/integrations",
     # Too large for a page.
     "build.functor.mods_dtype": "needs hundreds of arrays: tests/unit/test_trace.py",
     "problem.trace.check_bounds": "one needs arrays beyond 2**30: tests/unit/test_trace.py",
@@ -438,7 +438,7 @@ def page(before: str) -> str:
         if not is_runnable(group):
             parts.append("## " + old.get(group.title, group.title + "\n").rstrip("\n") + "\n")
             continue
-        lines = [f"## {group.title}", "", *([*textwrap.wrap(group.words, 140), ""] if group.words else []), "```pycon"]
+        lines = [f"## {group.title}", "", *([*textwrap.wrap(group.words, 140), ""] if group.words else []), "```text"]
         for raised in run(group):
             first, *rest = raised.code.splitlines()
             lines += [f">>> {first}", *(f"{'...' if line.startswith(' ') else '>>>'} {line}" for line in rest)]

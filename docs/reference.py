@@ -45,6 +45,7 @@ PAGES = {
             "cupyflash/merge.py:merge_attention",
             "cupyflash/problem/philox.py:dropout_mask",
             "cupyflash/flops.py:flops",
+            "cupyflash/progress.py:progress",
         ),
     ),
     "planning": Page(

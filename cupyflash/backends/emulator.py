@@ -349,8 +349,12 @@ def _call_with_ear_for_signals(function: Callable[..., int], stop: ctypes.c_int3
     thread = threading.Thread(target=work, name="cupyflash-emulator", daemon=True)
 
     def wait() -> None:
-        thread.start()
-        thread.join()
+        try:
+            thread.start()
+        except RuntimeError:  # no thread is started any more: a call from atexit, say
+            work()
+        else:
+            thread.join()
 
     def settle() -> None:
         if not failed:
