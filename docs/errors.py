@@ -237,6 +237,9 @@ GROUPS = [
         cupyflash.register_backend("mine", None)
 
         from cupyflash.backends.registry import MathBackend
+        cupyflash.register_backend("mine", MathBackend)
+
+        from cupyflash.backends.registry import MathBackend
         cupyflash.register_backend("numpy", MathBackend())
 
         many = np.zeros((2,) * 7 + (4, 8), np.float32).transpose(6, 5, 4, 3, 2, 1, 0, 7, 8)
@@ -375,6 +378,8 @@ ELSEWHERE = {
     # Not the words of a call, or not ours.
     "testing": "assertions of tests about results",
     "tools.doctor": "a line of `python -m cupyflash doctor`: docs/tools.md",
+    "tools.trace": "printed by `python -m cupyflash trace`: tests/tools/test_trace.py",
+    "tools.sample": "printed by `python -m cupyflash trace`: tests/tools/test_trace.py",
     "tools.kernels": "printed by `python -m cupyflash kernels`: tests/tools/test_kernels.py",
     "__main__": "printed by `python -m cupyflash`: tests/tools/test_kernels.py",
     "build.host._compile": "what the C++ compiler says: tests/kernels/test_host.py",
@@ -394,6 +399,8 @@ ELSEWHERE = {
     "build.nvrtc.read_cubin": "a check of what NVRTC has made",
     "build.cache.Cache.__init__": "no call sets it: tests/kernels/test_cache.py",
     # What a machine has or lacks.
+    "build.cache.default_folder": "needs a user without a home: tests/kernels/test_cache.py",
+    "build.cache._default_cache": "names a folder of the machine: tests/kernels/test_cache.py",
     "build.cache._require_private": "names a folder of the machine: tests/kernels/test_cache.py",
     "build.modding._check_library": "needs CuPy: tests/unit/test_cuda.py",
     "problem.checks.check_devices": "needs two GPUs: tests/unit/test_cupy_arrays.py",
