@@ -125,7 +125,7 @@ ENVIRONMENT = {
     "the argument",
     "CUPYFLASH_CACHE": "the folder of compiled kernels and of what `tune` found; by default "
     "`$XDG_CACHE_HOME/cupyflash`, else `~/.cache/cupyflash`. It may be deleted at any time",
-    "CUPYFLASH_DEBUG": "1 to 4: what is printed of each kernel launch, see [tools](../tools.md#cupyflash_debug)",
+    "CUPYFLASH_DEBUG": "1 to 4: what is printed of each launch or call, see [tools](../tools.md#cupyflash_debug)",
     "CUPYFLASH_EMULATOR": 'how the emulator runs kernels, `"schedule=random,seed=3"`: the fields of '
     "[`Options`](backends.md#options), and `device`, whose plan is run",
     "CUPYFLASH_EMULATOR_FIBERS": "`portable`: the emulator switches stacks by ucontext instead of by assembly, for "
