@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 
 from .backends.registry import select
 from .interop import NATIVE, call, is_foreign
-from .problem.checks import check_stage
+from .problem.checks import check_stage, device_of
 from .problem.mods import MaskMod, ScoreMod
 from .problem.normalize import normalize, restore
 
@@ -236,31 +236,32 @@ def attention(
     """
     if type(query) not in NATIVE and is_foreign(query):
         return call(attention, locals())
-    # By place, which takes an eighth of the time that names do.
-    problem, buffers = normalize(
-        query,
-        key,
-        value,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale,
-        enable_gqa,
-        window,
-        align,
-        softcap,
-        alibi_slopes,
-        sinks,
-        score_mod,
-        mask_mod,
-        seed,
-        precision,
-        return_lse,
-        return_weights,
-        out,
-    )
-    select(problem, backend).run(problem, buffers)
-    return restore(problem, buffers)
+    with device_of(query):
+        # By place, which takes an eighth of the time that names do.
+        problem, buffers = normalize(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            window,
+            align,
+            softcap,
+            alibi_slopes,
+            sinks,
+            score_mod,
+            mask_mod,
+            seed,
+            precision,
+            return_lse,
+            return_weights,
+            out,
+        )
+        select(problem, backend).run(problem, buffers)
+        return restore(problem, buffers)
 
 
 def attention_weights(
@@ -316,23 +317,24 @@ def attention_weights(
     """
     if type(query) not in NATIVE and is_foreign(query):
         return call(attention_weights, locals())
-    problem, buffers = normalize(
-        query,
-        key,
-        None,
-        attn_mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        window=window,
-        align=align,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        score_mod=score_mod,
-        mask_mod=mask_mod,
-        precision=precision,
-        stage=check_stage(stage),
-    )
-    select(problem, backend).run(problem, buffers)
-    return buffers.weights if problem.has_head_axis else buffers.weights[0]
+    with device_of(query):
+        problem, buffers = normalize(
+            query,
+            key,
+            None,
+            attn_mask,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            window=window,
+            align=align,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            score_mod=score_mod,
+            mask_mod=mask_mod,
+            precision=precision,
+            stage=check_stage(stage),
+        )
+        select(problem, backend).run(problem, buffers)
+        return buffers.weights if problem.has_head_axis else buffers.weights[0]

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from .backends.registry import select_merger
 from .interop import NATIVE, call, is_foreign
+from .problem.checks import device_of
 from .problem.parts import check_parts
 
 __all__ = ["merge_attention"]
@@ -59,4 +60,5 @@ def merge_attention(outs: Sequence[Array], lses: Sequence[Any], *, backend: str 
     if isinstance(outs, (tuple, list)) and outs and type(outs[0]) not in NATIVE and is_foreign(outs[0]):
         return call(merge_attention, locals())
     parts = check_parts(outs, lses)
-    return select_merger(parts, backend).merge(parts)
+    with device_of(parts.outs[0]):
+        return select_merger(parts, backend).merge(parts)

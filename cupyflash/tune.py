@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .api import attention
 from .errors import Unsupported
 from .interop import NATIVE, is_foreign, read_all
+from .problem.checks import device_of
 from .problem.normalize import normalize
 from .problem.problem import Problem
 
@@ -125,7 +126,8 @@ def tune(*args: Any, **kwargs: Any) -> Tuning:
         arguments = read_all(arguments)
     if arguments.get("seed") is None:
         arguments["seed"] = 0  # one that is drawn would move the caller's generator on
-    problem, buffers = normalize(**arguments)
+    with device_of(arguments["query"]):
+        problem, buffers = normalize(**arguments)
     backend = CudaBackend()
     if reasons := tuple(backend.reasons(problem)):
         raise Unsupported(f"this call can't be timed: {'; '.join(reasons)}", {"cuda": reasons})

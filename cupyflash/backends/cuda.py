@@ -56,26 +56,25 @@ class CudaBackend:
 
     def run(self, problem: Problem, buffers: Buffers) -> None:
         """See `cupyflash.backends.registry.Backend`."""
-        cupy, device, level = problem.namespace, buffers.query.device, debug_level()
-        with device:
-            mods = trace_mods(problem, buffers)
-            plan = plan_of(problem, buffers, device_spec(cupy, device.id), mods and mods.structure)
-            operands = prepare(problem, plan, buffers, _address, mods, _map)
-            for launch, args in launches(problem, plan, operands):
-                _run(cupy, device.id, launch, args, level)
-            if operands.out is not buffers.out:
-                buffers.out[...] = operands.out
+        cupy, device_id, level = problem.namespace, buffers.query.device.id, debug_level()
+        mods = trace_mods(problem, buffers)
+        plan = plan_of(problem, buffers, device_spec(cupy, device_id), mods and mods.structure)
+        operands = prepare(problem, plan, buffers, _address, mods, _map)
+        for launch, args in launches(problem, plan, operands):
+            _run(cupy, device_id, launch, args, level)
+        if operands.out is not buffers.out:
+            buffers.out[...] = operands.out
 
     def prepared(self, problem: Problem, buffers: Buffers, plan: Plan, mods: CallMods | None) -> Callable[[], None]:
         """The launches of a plan, ready to be repeated on the current device, which is that of the arrays."""
-        cupy, device = problem.namespace, buffers.query.device
+        cupy, device_id = problem.namespace, buffers.query.device.id
         operands = prepare(problem, plan, buffers, _address, mods, _map)
         ready = list(launches(problem, plan, operands))
 
         def run() -> None:
             assert operands is not None  # their arrays live as long as this function
             for launch, args in ready:
-                _run(cupy, device.id, launch, args, 0)
+                _run(cupy, device_id, launch, args, 0)
 
         return run
 
@@ -92,10 +91,8 @@ class CudaBackend:
 
     def merge(self, parts: Parts) -> tuple[Any, Any]:
         """See `cupyflash.backends.registry.Merger`."""
-        cupy, device = parts.namespace, parts.outs[0].device
-        with device:
-            level = debug_level()
-            return merge_parts(parts, _address, lambda launch, args: _run(cupy, device.id, launch, args, level))
+        cupy, device_id, level = parts.namespace, parts.outs[0].device.id, debug_level()
+        return merge_parts(parts, _address, lambda launch, args: _run(cupy, device_id, launch, args, level))
 
 
 def _run(cupy: Any, device_id: int, launch: Launch, args: tuple[np.void, ...], level: int) -> None:
@@ -115,7 +112,7 @@ def _by_value(blocks: Sequence[Any]) -> tuple[Any, ...]:
         [
             _NO_MODS
             if block is NO_MODS
-            else np.frombuffer(block, _bytes_of(block.nbytes))
+            else np.ndarray(1, _bytes_of(block.nbytes), block)
             if type(block) is np.void
             else block
             for block in blocks
@@ -128,7 +125,7 @@ def _bytes_of(nbytes: int) -> np.dtype[np.void]:
     return np.dtype(f"V{nbytes}")
 
 
-_NO_MODS = np.frombuffer(NO_MODS, _bytes_of(NO_MODS.nbytes))  # most calls have none
+_NO_MODS = np.ndarray(1, _bytes_of(NO_MODS.nbytes), NO_MODS)  # most calls have none
 
 
 def _map(address: int, shape: Ints, strides: Ints, dtype: str, box: Ints, swizzle: int) -> Any:

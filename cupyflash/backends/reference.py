@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 from ..environment import debug_level, say
@@ -38,8 +37,7 @@ class MathBackend:
         """See `cupyflash.backends.registry.Backend`."""
         if level := debug_level():
             say(_description(problem, level))
-        with nullcontext() if problem.library == "numpy" else buffers.query.device:
-            without_float_warnings(_run, problem, buffers)
+        without_float_warnings(_run, problem, buffers)
 
     def merge_reasons(self, parts: Parts) -> list[str]:
         """See `cupyflash.backends.registry.Merger`."""

@@ -33,7 +33,10 @@ class Backend(Protocol):
         """Why this backend can't run the problem, one sentence each; empty if it can."""
 
     def run(self, problem: Problem, buffers: Buffers) -> None:
-        """Fill `buffers.out`, and `buffers.lse` and `buffers.weights` where they are not None."""
+        """Fill `buffers.out`, and `buffers.lse` and `buffers.weights` where they are not None.
+
+        The device of the arrays is the current one.
+        """
 
 
 @runtime_checkable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from types import SimpleNamespace
 from typing import Any
@@ -59,6 +60,18 @@ def library_of(name: str, array: Any) -> str:
         return "cupy"
     found = "None" if array is None else f"of type {type(array).__name__}"
     raise TypeError(f"{name} must be an array of NumPy, CuPy or a library with DLPack, but was {found}")
+
+
+def device_of(array: Any) -> AbstractContextManager[Any]:
+    """Makes a CuPy array's device the current one: CuPy allocates and launches there, wherever the arrays are."""
+    if isinstance(array, np.ndarray):
+        return _HOST
+    cupy = sys.modules.get("cupy")
+    device: AbstractContextManager[Any] = array.device if cupy and isinstance(array, cupy.ndarray) else _HOST
+    return device
+
+
+_HOST = nullcontext()
 
 
 def plain_array(array: Any) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -158,8 +158,7 @@ def normalize(
         }
         check_out(out, returned_shape, query, inputs)
 
-    empty = xp.empty if library == "numpy" else partial(_empty_on, query.device, xp)
-    returned = empty(returned_shape, query.dtype) if out is None else out
+    returned = xp.empty(returned_shape, query.dtype) if out is None else out
     canonical_out = returned if out is None else plain_array(out)
     if not problem.has_head_axis:
         canonical_out = canonical_out[None]
@@ -170,7 +169,7 @@ def normalize(
     weights = None
     if problem.weights_stage:
         written = dtype.accumulator if problem.stops_at_scores else query.dtype
-        weights = empty((*out_shape[:-1], problem.seqlen_k), written)
+        weights = xp.empty((*out_shape[:-1], problem.seqlen_k), written)
     buffers = Buffers(
         query,
         key,
@@ -183,7 +182,7 @@ def normalize(
         mask_mod,
         seed,
         canonical_out,
-        empty(out_shape[:-1], dtype.accumulator) if return_lse else None,
+        xp.empty(out_shape[:-1], dtype.accumulator) if return_lse else None,
         weights,
         returned,
     )
@@ -315,12 +314,6 @@ def _with_lengths(described: _Described, seqlen_q: int, seqlen_k: int) -> Proble
 def _mask_shape(shape: tuple[int, ...], described: _Described, problem: Problem) -> tuple[int, ...]:
     scores = (*described.score_lead, problem.seqlen_q, problem.seqlen_k)
     return mask_shape(shape, scores, len(described.query_lead) + 2)
-
-
-def _empty_on(device: Any, xp: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """CuPy allocates on the current device, which need not be the one of the arrays."""
-    with device:
-        return xp.empty(shape, dtype)
 
 
 def _broadcast(array: Any, lead: tuple[int, ...], xp: Any) -> Any:
