@@ -26,11 +26,12 @@
 // With kOverlap off (what changes scores takes the registers that overlapping does) both products are waited for before
 // the scores are touched, and warpgroups alone overlap with one another.
 //
-// Left out: of a tile on the diagonal the upper warpgroup needs half the keys, and is given all. Two products of half the
-// size would be a further kind of step, for a quarter of one tile for each tile of queries: at most 3 % of a causal pass
-// over 2048 keys, 1.5 % over 4096. At head dim 64 one in nine exponentials on the units that multiply would be 3 % if
-// everything overlaps, 6 % if products and softmax take turns (counted, not measured), with 2^-13 of error and six more
-// instructions for each; at others exponentials are not the limit.
+// Left out: of the last 128 keys under the diagonal the upper warpgroup needs half, and is given all. That is a quarter
+// of one tile in 8.5 at 2048 keys, at most 3 % of a causal pass, and 1.5 % at 4096. At head dim 128 it takes a further
+// kind of step, with products of half the size; at 256, where it is a whole tile, skipping it costs the loop nothing,
+// but a tile that nobody reads has to be waited for and given back in its turn all the same. At head dim 64 one in nine
+// exponentials on the units that multiply would be 3 % if everything overlaps, 6 % if products and softmax take turns
+// (counted, not measured), for six more instructions each and errors of 2^-13; elsewhere they are not the limit.
 //
 // With kPingPong warpgroups take turns at starting their products, so that one's products come together while another's
 // softmax runs. FlashAttention-3 has lost by it where a warpgroup overlaps with itself: up to 4 % on an H200 at 128.
