@@ -36,12 +36,12 @@
 // With kPingPong warpgroups take turns at starting their products, so that one's products come together while another's
 // softmax runs. FlashAttention-3 has lost by it where a warpgroup overlaps with itself: up to 4 % on an H200 at 128.
 //
-// What overlaps from one item to the next: the copying warp runs ahead by as much as the ring holds, and the next item's
-// first K is there while O leaves; a warpgroup that is through with its rows gets the next Q while others compute. The
-// launch says how many blocks there are, as many as run at once or one for each item: Items (work.cuh) says which block
-// takes which. With kPersists off there is one for each: what changes scores, or gathers packed rows, takes the registers
-// that a loop of items does; and where masks leave out tiles nobody knows what an item takes before it is done, so that
-// the hardware deals them out better.
+// What overlaps from one item to the next: the copying warp runs ahead by as much as the ring holds, and the next
+// item's first K is there while O leaves; a warpgroup that is through with its rows gets the next Q while others
+// compute. The launch says how many blocks there are, as many as run at once or one for each item: Items (work.cuh)
+// says which block takes which. With kPersists off there is one for each: what changes scores, or gathers packed rows,
+// takes the registers that a loop of items does; and where masks leave out tiles nobody knows what an item takes before
+// it is done, so that the hardware deals them out better.
 //
 // Shared memory, in panels of 64 or 32 columns (warpgroup.cuh): a ring of kStages tiles of K, another one of V.
 //
@@ -60,7 +60,7 @@
 //     Q is asked for                               warpgroup
 //     Q arrived                the warpgroup       mbarrier q_full of the         reading q_smem
 //                                                  warpgroup
-//     Q arrived, packed        the warpgroup       cp_async_wait,                 reading q_smem: no map describes packed
+//     Q arrived, packed        the warpgroup       cp_async_wait,                 reading q_smem: no map describes such
 //                                                  fence_proxy_async, barrier     rows, so their warpgroup copies them
 //     K(j) arrived             every warpgroup     mbarrier k_full of the stage   reading k_smem
 //     V(j) arrived             every warpgroup     mbarrier v_full of the stage   reading v_smem
@@ -170,8 +170,8 @@ struct Maps {
 };
 
 // -----------------------------------------------------------------------------------------------------------
-// The thread that copies: K(0), Q, K(1), V(0), K(2), V(1), ... as their places become free, item after item, where there
-// are keys. Q is read once, K and V by the blocks of all the other queries too.
+// The thread that copies: K(0), Q, K(1), V(0), K(2), V(1), ... as their places become free, item after item, where
+// there are keys. Q is read once, K and V by the blocks of all the other queries too.
 
 __device__ __forceinline__ void copy_q(const FwdParams& params, const FwdWork& work, const TensorMap& map, u32 parity) {
   const BulkPlace place = BulkPlace::of(params.q, work.head, work.batch);

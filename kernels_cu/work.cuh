@@ -64,12 +64,12 @@ __device__ __forceinline__ HeadRows<Storage> head_rows(const Params& params, con
 // If params.num_splits is not 1, so many items share the keys of a tile of rows. They are neighbours in the order: what
 // they leave to be joined is written at about the same time, and the order of the tiles stays that without splits.
 //
-// A grid has one axis, for CUDA's others end at 65535: splits within tiles of rows within (groups of) heads within batch
-// entries. With an upper bound the last tiles of rows have the most keys. Were these spread over the order, some would
-// begin when the others are through; so tiles are in the order of their lengths, over all heads. But then the keys of all
-// heads are in use at once: sections of params.section heads, whose keys and values the L2 cache holds, come one after
-// the other. From one to the next the order turns round, so that lengths never jump; the last one begins with the
-// longest.
+// A grid has one axis, for CUDA's others end at 65535: splits within tiles of rows within (groups of) heads within
+// batch entries. With an upper bound the last tiles of rows have the most keys. Were these spread over the order, some
+// would begin when the others are through; so tiles are in the order of their lengths, over all heads. But then the
+// keys of all heads are in use at once: sections of params.section heads, whose keys and values the L2 cache holds,
+// come one after the other. From one to the next the order turns round, so that lengths never jump; the last one begins
+// with the longest.
 //
 //     section = 2:    head          0  1  0  1  0  1    2  3  2  3  2  3
 //                     tile of rows  0  0  1  1  2  2    2  2  1  1  0  0
