@@ -14,21 +14,19 @@ every architecture, and, with a stand-in for CuPy, that the launches here are th
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
-from ..build.bulk import Ints, plan_of
+from ..build.bulk import plan_of
 from ..build.cache import default_cache
 from ..build.debug import show_launch
-from ..build.functor import NO_MODS
 from ..build.launch import launches
 from ..build.merging import merge_parts, merge_refusals
 from ..build.modding import CallMods, trace_mods
 from ..build.nvrtc import compile_cubin, nvrtc_version
 from ..build.operands import prepare
+from ..build.params import Block
 from ..build.rendering import arch_for, entry_of, render_kernel
 from ..environment import debug_level
 from ..errors import Unsupported
@@ -59,7 +57,7 @@ class CudaBackend:
         cupy, device_id, level = problem.namespace, buffers.query.device.id, debug_level()
         mods = trace_mods(problem, buffers)
         plan = plan_of(problem, buffers, device_spec(cupy, device_id), mods and mods.structure)
-        operands = prepare(problem, plan, buffers, _address, mods, _map)
+        operands = prepare(problem, plan, buffers, _address, mods, driver_map)
         for launch, args in launches(problem, plan, operands):
             _run(cupy, device_id, launch, args, level)
         if operands.out is not buffers.out:
@@ -68,7 +66,7 @@ class CudaBackend:
     def prepared(self, problem: Problem, buffers: Buffers, plan: Plan, mods: CallMods | None) -> Callable[[], None]:
         """The launches of a plan, ready to be repeated on the current device, which is that of the arrays."""
         cupy, device_id = problem.namespace, buffers.query.device.id
-        operands = prepare(problem, plan, buffers, _address, mods, _map)
+        operands = prepare(problem, plan, buffers, _address, mods, driver_map)
         ready = list(launches(problem, plan, operands))
 
         def run() -> None:
@@ -95,42 +93,12 @@ class CudaBackend:
         return merge_parts(parts, _address, lambda launch, args: _run(cupy, device_id, launch, args, level))
 
 
-def _run(cupy: Any, device_id: int, launch: Launch, args: tuple[np.void, ...], level: int) -> None:
+def _run(cupy: Any, device_id: int, launch: Launch, args: tuple[Block, ...], level: int) -> None:
     """Launches on the current device, `device_id`, and the current stream; `level` as in build/debug.py."""
     if level:
         show_launch(launch, args, arch_for(launch.spec, device_spec(cupy, device_id)), level)
     kernel = _kernel(cupy, launch.spec, device_id)
-    kernel(launch.grid, launch.block, _by_value(args), shared_mem=launch.shared_bytes)
-
-
-def _by_value(blocks: Sequence[Any]) -> tuple[Any, ...]:
-    """Parameter blocks as CuPy takes them: arrays of one element, since its scalars end at 32 bytes before 14.1.
-
-    They have no fields, which CuPy would list at every launch.
-    """
-    return tuple(
-        [
-            _NO_MODS
-            if block is NO_MODS
-            else np.ndarray(1, _bytes_of(block.nbytes), block)
-            if type(block) is np.void
-            else block
-            for block in blocks
-        ]
-    )
-
-
-@lru_cache(maxsize=256)
-def _bytes_of(nbytes: int) -> np.dtype[np.void]:
-    return np.dtype(f"V{nbytes}")
-
-
-_NO_MODS = np.ndarray(1, _bytes_of(NO_MODS.nbytes), NO_MODS)  # most calls have none
-
-
-def _map(address: int, shape: Ints, strides: Ints, dtype: str, box: Ints, swizzle: int) -> Any:
-    """A `MapMaker`: what it makes is kept from call to call, so it is put in CuPy's form here."""
-    return _by_value([driver_map(address, shape, strides, dtype, box, swizzle)])[0]
+    kernel(launch.grid, launch.block, args, shared_mem=launch.shared_bytes)
 
 
 def _why_no_compiler() -> list[str]:

@@ -16,8 +16,6 @@ from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
 from ..build.bulk import plan_of
 from ..build.debug import show_launch
 from ..build.host import find_compiler
@@ -25,6 +23,7 @@ from ..build.launch import launches
 from ..build.merging import merge_parts, merge_refusals
 from ..build.modding import trace_mods
 from ..build.operands import prepare
+from ..build.params import Block
 from ..build.rendering import arch_for, entry_of, render_kernel
 from ..environment import debug_level
 from ..errors import Unsupported
@@ -71,7 +70,7 @@ class EmulatorBackend:
         return merge_parts(parts, _address, _run)
 
 
-def _run(launch: Launch, args: tuple[np.void, ...]) -> None:
+def _run(launch: Launch, args: tuple[Block, ...]) -> None:
     environment = os.environ.get(_ENVIRONMENT, "")
     options = options_from(environment)
     if level := debug_level():

@@ -369,7 +369,7 @@ def _call_with_ear_for_signals(function: Callable[..., int], stop: ctypes.c_int3
 def _pack(name: str, index: int, value: Any) -> ctypes.Array[ctypes.c_char]:
     """The bytes that a kernel's parameter gets."""
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.dtype.type is np.void):
-        data = value.tobytes()  # a parameter block may come as an array, as for CuPy
+        data = value.tobytes()  # of an array of raw bytes too: a parameter block
     elif isinstance(value, np.ndarray):
         data = value.ctypes.data.to_bytes(8, "little")
     elif value is None:

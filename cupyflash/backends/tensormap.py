@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from ..build.params import Block
 from ..errors import CupyflashError, Unsupported
 
 __all__ = ["driver_map", "emulated_map"]
@@ -54,7 +55,7 @@ _MARK = 0x70616D2D6F727563
 
 
 @lru_cache(maxsize=_CACHED_MAPS)
-def emulated_map(address: int, shape: Ints, strides: Ints, dtype: str, box: Ints, swizzle: int = 128) -> np.void:
+def emulated_map(address: int, shape: Ints, strides: Ints, dtype: str, box: Ints, swizzle: int = 128) -> Block:
     """A tensor map for kernels under the emulator.
 
     Parameters
@@ -94,7 +95,7 @@ def _layout_around_address(shape: Ints, strides: Ints, dtype: str, box: Ints, sw
 
 
 @lru_cache(maxsize=_CACHED_MAPS)
-def driver_map(address: int, shape: Ints, strides: Ints, dtype: str, box: Ints, swizzle: int = 128) -> np.void:
+def driver_map(address: int, shape: Ints, strides: Ints, dtype: str, box: Ints, swizzle: int = 128) -> Block:
     """A tensor map for kernels on a GPU; see `emulated_map`.
 
     Raises
@@ -139,9 +140,8 @@ def _driver_arguments(
     )
 
 
-def _as_argument(data: bytes) -> np.void:
-    argument: np.void = np.frombuffer(data, f"V{_MAP_BYTES}")[0]
-    return argument
+def _as_argument(data: bytes) -> Block:
+    return np.frombuffer(data, f"V{_MAP_BYTES}")
 
 
 def _checked(address: int) -> int:

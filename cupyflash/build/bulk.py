@@ -18,19 +18,20 @@ from ..plan.specs import FwdSpec, Mods, Plan
 from ..plan.tiles import FAMILIES
 from ..problem.problem import Buffers, Problem
 from ..problem.shapes import join, joinable_axes
+from .params import Block
 from .strides import strides_of_copy
 
 __all__ = ["Ints", "MapMaker", "make_maps", "map_refusals", "panel_columns", "plan_of"]
 
 Ints: TypeAlias = tuple[int, ...]
 #: (address, shape, strides, dtype, box, swizzle) -> the map as a kernel's argument
-MapMaker: TypeAlias = Callable[[int, Ints, Ints, str, Ints, int], np.void]
+MapMaker: TypeAlias = Callable[[int, Ints, Ints, str, Ints, int], Block]
 
 _NAMES = ("query", "key", "value", "out")
 _STRIDE_UNIT, _MAX_STRIDE = 16, 2**40
 _WARPGROUP_ROWS, _WARP_ROWS = 64, 16
 _MAJORS = {family.only for family in FAMILIES.values() if family.takes_maps}
-_NO_MAP = np.void(bytes(128))
+_NO_MAP = np.zeros(1, "V128")
 
 
 def plan_of(problem: Problem, buffers: Buffers, device: DeviceSpec, mods: Mods | None) -> Plan:
@@ -46,7 +47,7 @@ def panel_columns(head_dim: int) -> int:
     return 64 if head_dim % 64 == 0 else 32
 
 
-def make_maps(spec: FwdSpec, arrays: Sequence[Any], addresses: Sequence[int], make: MapMaker) -> tuple[np.void, ...]:
+def make_maps(spec: FwdSpec, arrays: Sequence[Any], addresses: Sequence[int], make: MapMaker) -> tuple[Block, ...]:
     """The maps of Q, K, V and O, (*batch, head, row, element) arrays that `map_refusals` has nothing against.
 
     Rows of several heads in one tile are not copied by maps, neither in nor out.
@@ -63,7 +64,7 @@ def _maps_of(
     addresses: Ints,
     itemsize: int,
     make: MapMaker,
-) -> tuple[np.void, ...]:
+) -> tuple[Block, ...]:
     head_dims = (spec.head_dim, spec.head_dim, spec.head_dim_v, spec.head_dim_v)
     rows = (_WARPGROUP_ROWS, spec.tile.block_n, spec.tile.block_n, _WARP_ROWS)
     unused = {"query", "out"} if spec.packed else set[str]()

@@ -12,28 +12,28 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-
 from ..environment import say
 from ..errors import Unsupported
 from ..plan.specs import KernelSpec, Launch
 from .cache import default_cache, digest
 from .nvrtc import compile_cubin
-from .rendering import entry_of, render_kernel
+from .params import Block, fields_of
+from .rendering import entry_of, render_kernel, structures_of
 
 __all__ = ["show_launch"]
 
 
-def show_launch(launch: Launch, args: tuple[np.void, ...], arch: str, level: int) -> None:
+def show_launch(launch: Launch, args: tuple[Block, ...], arch: str, level: int) -> None:
     """Print what the level, at least 1, asks for."""
     say(_lines(launch, args, arch, level))
 
 
-def _lines(launch: Launch, args: tuple[np.void, ...], arch: str, level: int) -> Iterator[str]:
+def _lines(launch: Launch, args: tuple[Block, ...], arch: str, level: int) -> Iterator[str]:
     yield str(launch)
     if level >= 2:
-        for params in args:
-            yield from (f"  {name} = {params[name].tolist()}" for name in params.dtype.names or ())
+        for block, structure in zip(args, structures_of(launch.spec), strict=False):  # tensor maps have no fields
+            params = fields_of(block, structure)
+            yield from (f"  {name} = {params[name].tolist()}" for name in structure.names or ())
     if level >= 3:
         yield f"  source: {_source_path(launch.spec)}"
     if level >= 4:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ..problem.expression import COORDINATES, Expression, Node, Range, pretty, static_ranges
 from ..problem.trace import Trace, TraceError, check_bounds, trace_mask_mod, trace_score_mod
-from .params import layout_checks
+from .params import Block, by_value, layout_checks
 
 __all__ = ["NO_MODS", "PackedMods", "TracedMod", "mods_dtype", "pack_mods", "render_mods", "trace_mod"]
 
@@ -232,7 +232,7 @@ def _wrapped(value: str, source: str, dtype: str, target: str) -> str:
 class PackedMods(NamedTuple):
     """A launch's second parameter.  The arrays must live until the kernel has run."""
 
-    args: np.void
+    args: Block
     arrays: tuple[Any, ...]
 
 
@@ -328,11 +328,11 @@ def pack_mods(
         values.append((*(_pack_lookup(array, address) for array in fitting), *trace.numbers))
     expressions = [None if trace is None else trace.expression for trace in (score, mask)]
     block = np.array([tuple(values)], mods_dtype(*expressions))
-    return PackedMods(block[0], tuple(arrays))
+    return PackedMods(by_value(block), tuple(arrays))
 
 
 #: The second parameter of a kernel without mods.
-NO_MODS: np.void = np.zeros(1, mods_dtype(None, None))[0]
+NO_MODS = by_value(np.zeros(1, mods_dtype(None, None)))
 
 
 def _fitting(array: Any) -> Any:

@@ -14,14 +14,14 @@ from ..plan.specs import FwdSpec, Launch, Plan
 from ..problem.problem import Problem
 from .functor import NO_MODS
 from .operands import Operands
-from .params import FWD_PARAMS, pack_forward
+from .params import FWD_PARAMS, Block, pack_forward, raw
 
 __all__ = ["launches"]
 
 
-def launches(problem: Problem, plan: Plan, operands: Operands) -> list[tuple[Launch, tuple[np.void, ...]]]:
+def launches(problem: Problem, plan: Plan, operands: Operands) -> list[tuple[Launch, tuple[Block, ...]]]:
     """The plan's launches in order, each with its parameters."""
-    found: list[tuple[Launch, tuple[np.void, ...]]] = []
+    found: list[tuple[Launch, tuple[Block, ...]]] = []
     if operands.summary is not None and operands.summary.launch is not None and operands.summary.params is not None:
         found.append((operands.summary.launch, (operands.summary.params,)))
     if operands.mod_summary is not None:
@@ -44,7 +44,7 @@ def launches(problem: Problem, plan: Plan, operands: Operands) -> list[tuple[Lau
     return found
 
 
-def _forward_params(problem: Problem, plan: Plan, operands: Operands, num_splits: int) -> np.void:
+def _forward_params(problem: Problem, plan: Plan, operands: Operands, num_splits: int) -> Block:
     num_heads_q, seqlen_q, seqlen_k, band = problem.num_heads_q, problem.seqlen_q, problem.seqlen_k, problem.band
     params = pack_forward(
         *operands.tensors,
@@ -67,5 +67,7 @@ def _forward_params(problem: Problem, plan: Plan, operands: Operands, num_splits
         seqlen_k if band.upper is None else band.upper,
         operands.scores,
     )
-    block: np.void = np.frombuffer(params, FWD_PARAMS)[0]
-    return block
+    return np.frombuffer(params, _FORWARD)
+
+
+_FORWARD = raw(FWD_PARAMS)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..plan.specs import Launch, MaskSummarySpec
-from .params import BATCH_AXES, SUMMARY_PARAMS
+from .params import BATCH_AXES, SUMMARY_PARAMS, Block, by_value
 from .strides import join_batch
 
 __all__ = ["MaskSummary", "entries_once", "summarize_mask"]
@@ -20,7 +20,7 @@ class MaskSummary(NamedTuple):
 
     array: Any  # bytes, of the mask's rank; the last two axes count tiles, and those of length 1 broadcast
     launch: Launch | None  # None: there is nothing to look at
-    params: np.void | None
+    params: Block | None
 
 
 def summarize_mask(mask: Any, block_m: int, block_n: int, xp: Any, address: Callable[[Any], int]) -> MaskSummary:
@@ -75,8 +75,7 @@ def summarize_mask(mask: Any, block_m: int, block_n: int, xp: Any, address: Call
     )
     spec = MaskSummarySpec()
     launch = Launch(spec, (math.ceil(summary.size / spec.tiles_per_block),))
-    params: np.void = np.array([block], SUMMARY_PARAMS)[0]
-    return MaskSummary(array, launch, params)
+    return MaskSummary(array, launch, by_value(np.array([block], SUMMARY_PARAMS)))
 
 
 def entries_once(mask: Any) -> Any:

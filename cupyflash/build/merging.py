@@ -12,7 +12,7 @@ from ..plan.specs import Launch, MergeSpec
 from ..problem.dtypes import DTYPES
 from ..problem.parts import Parts
 from ..problem.shapes import join, joinable_axes
-from .params import MAX_PARTS, MERGE_PARAMS, ROW_AXES
+from .params import MAX_PARTS, MERGE_PARAMS, ROW_AXES, Block, by_value
 
 __all__ = ["merge_parts", "merge_refusals"]
 
@@ -31,7 +31,7 @@ def merge_refusals(parts: Parts) -> list[str]:
 
 
 def merge_parts(
-    parts: Parts, address: Callable[[Any], int], run: Callable[[Launch, tuple[np.void, ...]], object]
+    parts: Parts, address: Callable[[Any], int], run: Callable[[Launch, tuple[Block, ...]], object]
 ) -> tuple[Any, Any]:
     """The joint output and log-sum-exp, new arrays that `run` has filled, launch by launch.
 
@@ -53,7 +53,7 @@ def _join(
     dtype: np.dtype,
     xp: Any,
     address: Callable[[Any], int],
-    run: Callable[[Launch, tuple[np.void, ...]], object],
+    run: Callable[[Launch, tuple[Block, ...]], object],
 ) -> tuple[Any, Any]:
     """One launch: the joint output, of `dtype`, and its log-sum-exp."""
     *lead, head_dim_v = outs[0].shape
@@ -74,16 +74,16 @@ def _join(
         (*missing, *[stride // array.itemsize for stride in one])
         for array, one in zip((*outs, *lses), strides, strict=True)
     ]
-    params = np.zeros(1, MERGE_PARAMS)[0]
+    params = np.zeros(1, MERGE_PARAMS)
     params["out"], params["lse"] = address(out), address(lse)
     params["shape"] = (1,) * len(missing) + shape
     params["num_rows"], params["head_dim_v"], params["num_parts"] = num_rows, head_dim_v, len(outs)
-    params["parts"][: len(outs)] = [
+    params["parts"][0, : len(outs)] = [
         (address(o), address(s), o_strides, o.strides[-1] // o.itemsize, s_strides)
         for o, s, o_strides, s_strides in zip(outs, lses, counted, counted[len(outs) :], strict=False)
     ]
     spec = MergeSpec(DTYPES[outs[0].dtype].name, DTYPES[dtype].name)
-    run(Launch(spec, (math.ceil(num_rows / spec.rows_per_block),)), (params,))
+    run(Launch(spec, (math.ceil(num_rows / spec.rows_per_block),)), (by_value(params),))
     return out, lse
 
 

@@ -17,7 +17,7 @@ from ..problem.expression import Expression
 from ..problem.problem import Buffers, Problem
 from ..problem.trace import Trace, check_bounds, trace_mask_mod, trace_score_mod
 from .functor import PackedMods, mods_dtype, pack_mods
-from .params import MOD_SUMMARY_PARAMS
+from .params import MOD_SUMMARY_PARAMS, Block, by_value
 
 __all__ = ["CallMods", "ModSummary", "summarize_mods", "trace_mods"]
 
@@ -92,7 +92,7 @@ class ModSummary(NamedTuple):
     array: Any  # bytes (batch, groups of heads, tiles of rows, tiles of keys); 1 where nothing depends on it
     marks: tuple[int, int, int, int]  # MOD_MARKS
     launch: Launch
-    args: tuple[np.void, np.void]
+    args: tuple[Block, Block]
     kept: tuple[Any, ...]
 
 
@@ -117,7 +117,7 @@ def summarize_mods(
     array = problem.namespace.empty((num_batches, num_groups, row_tiles, key_tiles), np.uint8)
     steps = [0 if n == 1 else stride for n, stride in zip(array.shape, array.strides, strict=True)]
 
-    params: np.void = np.array(
+    params = np.array(
         [
             (
                 address(array),
@@ -131,12 +131,12 @@ def summarize_mods(
             )
         ],
         MOD_SUMMARY_PARAMS,
-    )[0]
+    )
     spec = ModSummarySpec(Mods(None, mods.mask.expression))
     packed = mods.pack(spec.mods, problem, buffers, address)
     launch = Launch(spec, (math.ceil(array.size / spec.tiles_per_block),))
     marks = (address(array), steps[0], steps[1], steps[2])
-    return ModSummary(array, marks, launch, (params, packed.args), packed.arrays)
+    return ModSummary(array, marks, launch, (by_value(params), packed.args), packed.arrays)
 
 
 def _coordinates_of(expression: Expression) -> set[str]:

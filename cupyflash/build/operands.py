@@ -15,7 +15,7 @@ from ..problem.problem import Buffers, Problem
 from .bulk import MapMaker, make_maps
 from .mask_summary import MaskSummary, entries_once, summarize_mask
 from .modding import CallMods, ModSummary, summarize_mods
-from .params import BATCH_AXES, MASK, MOD_MARKS, NO_SCORES, pack_marks, pack_mask, pack_scores, pack_tensor
+from .params import BATCH_AXES, MASK, MOD_MARKS, NO_SCORES, Block, pack_marks, pack_mask, pack_scores, pack_tensor
 from .strides import COPY_ALIGNMENT, join_batch, steps_of, strides_of_copy, tensor_of
 
 __all__ = ["Copy", "Operands", "batch_refusals", "copies_of", "prepare"]
@@ -40,8 +40,8 @@ class Operands(NamedTuple):
     scores: bytes  # SCORE_PARAMS
     summary: MaskSummary | None  # of the bool mask by the plan's tiles
     mod_summary: ModSummary | None  # of mask_mod
-    mod_args: dict[Mods, np.void]  # the second parameter of kernels with mods
-    maps: tuple[np.void, ...]  # the tensor maps that the plan's forward kernel takes behind these
+    mod_args: dict[Mods, Block]  # the second parameter of kernels with mods
+    maps: tuple[Block, ...]  # the tensor maps that the plan's forward kernel takes behind these
     kept: tuple[Any, ...]  # arrays that live as long as the call
 
 
@@ -83,7 +83,7 @@ def prepare(
     batch_shape = problem.batch_shape
     scores, kept = NO_SCORES, ()
     summary, mod_summary = None, None
-    mod_args: dict[Mods, np.void] = {}
+    mod_args: dict[Mods, Block] = {}
     if problem.has_sinks or not problem.has_plain_scores or len(batch_shape) > BATCH_AXES:
         masks = _masks(buffers, address)
         if problem.has_bool_mask:
@@ -129,7 +129,7 @@ def prepare(
 
 def _maps(
     plan: Plan, arrays: tuple[Any, ...], address: Callable[[Any], int], make_map: MapMaker | None
-) -> tuple[np.void, ...]:
+) -> tuple[Block, ...]:
     spec = plan.launches[0].spec
     assert isinstance(spec, FwdSpec)
     assert make_map is not None, f"{spec.family} takes tensor maps"
@@ -138,7 +138,7 @@ def _maps(
 
 def _pack_mods(
     mods: CallMods, problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[Any], int]
-) -> tuple[dict[Mods, np.void], tuple[Any, ...]]:
+) -> tuple[dict[Mods, Block], tuple[Any, ...]]:
     """For each kernel its second parameter; and the arrays that those point to."""
     found = {launch.spec.mods for launch in plan.launches} - {None}
     packed = {one: mods.pack(one, problem, buffers, address) for one in found if one is not None}

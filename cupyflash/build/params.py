@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 __all__ = [
     "BATCH_AXES",
@@ -24,13 +26,21 @@ __all__ = [
     "ROW_AXES",
     "SUMMARY_PARAMS",
     "TENSOR",
+    "Block",
+    "by_value",
+    "fields_of",
     "layout_checks",
     "pack_forward",
     "pack_marks",
     "pack_mask",
     "pack_scores",
     "pack_tensor",
+    "raw",
 ]
+
+#: What a kernel takes by value: an array of one element, of raw bytes.  CuPy takes it like this; its scalars
+#: end at 32 bytes before 14.1, and the fields of a structure it would list at every launch.
+Block: TypeAlias = npt.NDArray[np.void]
 
 #: Batch axes that a kernel carries.
 BATCH_AXES = 4
@@ -178,6 +188,22 @@ def layout_checks(structure: str, dtype: np.dtype[np.void]) -> str:
         size = f"sizeof({structure}::{name}) == {field.itemsize}"
         lines.append(f'static_assert({where} && {size}, "{structure}.{name} lies elsewhere in Python");')
     return "\n".join(lines) + "\n"
+
+
+def by_value(block: Block) -> Block:
+    """The parameter block of an array of one structure."""
+    return block.view(raw(block.dtype))
+
+
+def fields_of(block: Block, structure: np.dtype[np.void]) -> np.void:
+    """The block as the structure that it is."""
+    fields: np.void = block.view(structure)[0]
+    return fields
+
+
+def raw(structure: np.dtype[np.void]) -> np.dtype[np.void]:
+    """As many bytes, without fields."""
+    return np.dtype(f"V{structure.itemsize}")
 
 
 def _packer(structure: np.dtype[np.void]) -> Callable[..., bytes]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
+
 from ..plan.device import DeviceSpec
 from ..plan.specs import CombineSpec, FwdSpec, KernelSpec, MaskSummarySpec, MergeSpec, Mods, ModSummarySpec, WeightsSpec
 from ..plan.tiles import FAMILIES
 from ..problem.dtypes import dtype_named
 from ..problem.problem import STAGES
-from .functor import render_mods
+from .functor import mods_dtype, render_mods
 from .params import (
     FWD_PARAMS,
     MASK,
@@ -24,7 +26,7 @@ from .params import (
 )
 from .source import ConfigValue, KernelSource, render
 
-__all__ = ["arch_for", "entry_of", "render_kernel"]
+__all__ = ["arch_for", "entry_of", "render_kernel", "structures_of"]
 
 _ELEMENTS = {"float16": "Float16", "bfloat16": "BFloat16", "float32": "float", "float64": "double"}
 _STRUCTURES = {
@@ -49,6 +51,19 @@ def arch_for(spec: KernelSpec, device: DeviceSpec) -> str:
     """What the compiler calls the architecture for which it compiles the kernel for that GPU: "sm_90", "sm_90a"."""
     family = FAMILIES.get(spec.family)
     return device.arch if family is None else family.arch_for(device)
+
+
+def structures_of(spec: KernelSpec) -> tuple[np.dtype[np.void], ...]:
+    """What a kernel's parameter blocks hold, but for tensor maps."""
+    if isinstance(spec, MaskSummarySpec):
+        return (SUMMARY_PARAMS,)
+    if isinstance(spec, MergeSpec):
+        return (MERGE_PARAMS,)
+    if isinstance(spec, CombineSpec):
+        return (FWD_PARAMS,)
+    mods = spec.mods or Mods()
+    first = MOD_SUMMARY_PARAMS if isinstance(spec, ModSummarySpec) else FWD_PARAMS
+    return first, mods_dtype(mods.score, mods.mask)
 
 
 @lru_cache(maxsize=256)

@@ -14,8 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cupyflash.backends.tensormap import driver_map
 from tests.gpu.device import NO_GPU, Gpu, find_gpu, load
 from tests.kernels.conformance import RECORDED, Array, Probe, Recording, probes_of, save_recording
@@ -28,15 +26,10 @@ def run_on_gpu(probe: Probe, module: Any) -> dict[str, Array]:
 
     outputs = {name: cupy.asarray(before) for name, before in probe.outputs.items()}
     arrays = {**{name: cupy.asarray(array) for name, array in probe.inputs.items()}, **outputs}
-    arguments = tuple(probe.arguments(arrays, lambda array: int(array.data.ptr), _map))
+    arguments = tuple(probe.arguments(arrays, lambda array: int(array.data.ptr), driver_map))
     kernel = module.get_function(probe.entry)
     kernel(probe.grid, (probe.threads,), arguments, shared_mem=probe.shared_mem)
     return {name: array.get() for name, array in outputs.items()}
-
-
-def _map(*array: Any) -> Array:
-    """A tensor map as an array of one element: CuPy's scalars end at 32 bytes before 14.1."""
-    return np.frombuffer(driver_map(*array), "V128")
 
 
 def record(gpu: Gpu, folder: Path) -> Path:

@@ -163,7 +163,7 @@ class TileMap:
     box: tuple[int, ...]
     swizzle: int
 
-    def make(self, address: int, encode: Callable[..., np.void]) -> np.void:
+    def make(self, address: int, encode: Callable[..., np.ndarray]) -> np.ndarray:
         """`encode` is `emulated_map` or `driver_map`."""
         strides = tuple(2 * int(np.prod(self.shape[axis + 1 :])) for axis in range(len(self.shape)))
         return encode(address, self.shape, strides, "float16", self.box, self.swizzle)
@@ -207,7 +207,7 @@ class Probe:
     tile_map: TileMap | None = None
 
     def arguments(
-        self, arrays: Mapping[str, Any], address: Callable[[Any], int], encode: Callable[..., np.void]
+        self, arrays: Mapping[str, Any], address: Callable[[Any], int], encode: Callable[..., np.ndarray]
     ) -> list[Any]:
         """Of the kernel, for inputs and outputs on a device; `address` of an array there."""
         if self.tile_map is None:

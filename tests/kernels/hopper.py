@@ -16,7 +16,7 @@ CHUNK, LINE = 16, 128
 OPERAND_SWIZZLE = {0: 0, 128: 1, 64: 2, 32: 3}
 
 
-def map_of(array: Array, box: tuple[int, ...], swizzle: int = 128) -> np.void:
+def map_of(array: Array, box: tuple[int, ...], swizzle: int = 128) -> np.ndarray:
     """The emulator's tensor map of an array."""
     return emulated_map(array.ctypes.data, array.shape, array.strides, array.dtype.name, box, swizzle)
 

@@ -16,6 +16,7 @@ from cupyflash.backends.emulator import Counters, EmulatorError, Function, Modul
 from cupyflash.build.launch import launches
 from cupyflash.build.modding import CallMods, ModSummary, summarize_mods, trace_mods
 from cupyflash.build.operands import prepare
+from cupyflash.build.params import MOD_SUMMARY_PARAMS, fields_of
 from cupyflash.build.rendering import entry_of, render_kernel
 from cupyflash.build.source import KernelSource
 from cupyflash.plan.choose import choose
@@ -61,7 +62,7 @@ def summarized(
     assert found is not None
     summary = guarded_array(found.array.shape, np.uint8, "summary")
     summary[...] = 0xEE
-    found.args[0]["summary"] = summary.ctypes.data
+    fields_of(found.args[0], MOD_SUMMARY_PARAMS)["summary"] = summary.ctypes.data
     return found, summary, address
 
 

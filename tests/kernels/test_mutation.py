@@ -19,6 +19,7 @@ from cupyflash import mods
 from cupyflash.backends.emulator import EmulatorError, Module, Options
 from cupyflash.build.mask_summary import summarize_mask
 from cupyflash.build.merging import merge_parts
+from cupyflash.build.params import Block
 from cupyflash.build.rendering import render_kernel
 from cupyflash.build.source import KernelSource, kernels_folder, read_kernel
 from cupyflash.plan.specs import CombineSpec, Launch, MaskSummarySpec, MergeSpec
@@ -133,7 +134,7 @@ def merge_problem(dtype, num_parts, shape):
     def run(module: Module, options: Options) -> bytes:
         kernel = module.get_function("flash_merge")
 
-        def launch_it(launch: Launch, args: tuple[np.void, ...]) -> None:
+        def launch_it(launch: Launch, args: tuple[Block, ...]) -> None:
             kernel(launch.grid, launch.block, args, shared_mem=launch.shared_bytes, options=options)
 
         joined = merge_parts(parts, lambda array: array.ctypes.data, launch_it)

@@ -57,9 +57,9 @@ def test_one_axis_for_the_batch() -> None:
 def test_what_no_copy_moves_has_no_map() -> None:
     x = half(2, 4, 5, 96)
     kinds = [[type(found) for found in maps(spec, x, x[..., :0, :], x, x)] for spec in (SPEC,)]
-    assert kinds == [[tuple, np.void, tuple, tuple]]
+    assert kinds == [[tuple, np.ndarray, tuple, tuple]]
     packed = FwdSpec("fwd_sm90", "float16", 96, 128, SPEC.tile, packed=True, baseline=90)
-    assert [type(found) for found in maps(packed, x, x, x, x)] == [np.void, tuple, tuple, np.void]
+    assert [type(found) for found in maps(packed, x, x, x, x)] == [np.ndarray, tuple, tuple, np.ndarray]
 
 
 X = half(2, 3, 90, 64)

@@ -21,7 +21,7 @@ from cupyflash.backends.tensormap import emulated_map
 from cupyflash.build import rendering
 from cupyflash.build.cache import Cache, default_cache
 from cupyflash.build.nvrtc import compile_cubin
-from cupyflash.build.params import FWD_PARAMS, MERGE_PARAMS
+from cupyflash.build.params import FWD_PARAMS, MERGE_PARAMS, Block, fields_of
 from cupyflash.build.rendering import render_kernel
 from cupyflash.plan.device import DEVICES, EMULATOR, DeviceSpec
 from cupyflash.plan.specs import FwdSpec, KernelSpec
@@ -81,11 +81,20 @@ def emulated_launch(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
 
     class Recorder:
         def __init__(self, spec: KernelSpec) -> None:
-            self.name = rendering.entry_of(spec)
+            self.name, self.structure = rendering.entry_of(spec), rendering.structures_of(spec)[0]
 
         def __call__(self, grid: Any, block: Any, args: Any, *, shared_mem: int, options: emulator.Options) -> None:
             params, *mods = args
-            met.append((self.name, grid, block, params, b"".join(one.tobytes() for one in mods), shared_mem))
+            met.append(
+                (
+                    self.name,
+                    grid,
+                    block,
+                    fields_of(params, self.structure),
+                    b"".join(one.tobytes() for one in mods),
+                    shared_mem,
+                )
+            )
 
     with monkeypatch.context() as patch:
         patch.setattr(emulated, "_kernel", Recorder)
@@ -288,7 +297,7 @@ def test_a_merge_launches_what_the_emulator_launches(
     number: int, launches: int, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outs, lses = parts(number)
-    expected: list[tuple[Any, np.void]] = []
+    expected: list[tuple[Any, Block]] = []
     with monkeypatch.context() as patch:
         patch.setattr(emulated, "_run", lambda launch, args: expected.append((launch, *args)))
         cupyflash.merge_attention(outs, lses, backend="emulator")
@@ -299,7 +308,7 @@ def test_a_merge_launches_what_the_emulator_launches(
     for met, (launch, params) in zip(gpu.launches, expected, strict=True):
         assert (met.name, met.grid, met.block, met.shared_mem) == ("flash_merge", launch.grid, launch.block, 0)
         assert met.cubin == compile_cubin(render_kernel(launch.spec), EMULATOR.arch, default_cache()).path.read_bytes()
-        check_merge_params(np.frombuffer(met.params, MERGE_PARAMS)[0], params)
+        check_merge_params(np.frombuffer(met.params, MERGE_PARAMS)[0], fields_of(params, MERGE_PARAMS))
     last = np.frombuffer(gpu.launches[-1].params, MERGE_PARAMS)[0]
     assert (last["out"], last["lse"]) == (out.data.ptr, lse.data.ptr)
     first = np.frombuffer(gpu.launches[0].params, MERGE_PARAMS)[0]["parts"][0]

@@ -21,6 +21,7 @@ from cupyflash.build.params import (
     MOD_MARKS,
     SCORE_PARAMS,
     TENSOR,
+    fields_of,
     pack_forward,
     pack_marks,
     pack_mask,
@@ -44,7 +45,7 @@ def params_of(query: np.ndarray, key: np.ndarray, value: np.ndarray, **arguments
     plan = choose(problem, EMULATOR)
     operands = prepare(problem, plan, buffers, address)
     ((_, (params, _)),) = launches(problem, plan, operands)
-    return params
+    return fields_of(params, FWD_PARAMS)
 
 
 def half(*shape: int) -> np.ndarray:

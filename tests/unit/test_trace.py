@@ -19,6 +19,7 @@ import pytest
 import cupyflash
 from cupyflash import mods, trace_mod
 from cupyflash.build.functor import mods_dtype, pack_mods, render_mods
+from cupyflash.build.params import fields_of
 from cupyflash.problem.trace import MAX_NODES, Trace, TraceError, check_bounds, trace_mask_mod, trace_score_mod
 from tests import cupy_stand_in
 
@@ -116,7 +117,7 @@ def test_functions_and_arrays_of_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trace.expression == same.expression
     assert all(isinstance(array, cupy.ndarray) for array in trace.arrays)
     packed = pack_mods(trace, None, (1, 3, 4, 4), lambda array: array.data.ptr)
-    assert packed.args["score"]["a0"]["data"] == slopes.data.ptr
+    assert fields_of(packed.args, mods_dtype(trace.expression, None))["score"]["a0"]["data"] == slopes.data.ptr
     with pytest.raises(TraceError, match="whole CuPy array"):
         trace_score_mod(lambda s, b, h, q, kv: s + cupy.where(slopes > 0, slopes, 0)[h])
 
@@ -218,7 +219,7 @@ def test_arrays_are_kept_for_the_call_only() -> None:
     render_mods(trace.expression, None)
     packed = pack_mods(trace, None, (1, 3, 2, 2), lambda array: array.ctypes.data)
     (slopes,) = packed.arrays
-    assert packed.args["score"]["a0"]["data"] == slopes.ctypes.data
+    assert fields_of(packed.args, mods_dtype(trace.expression, None))["score"]["a0"]["data"] == slopes.ctypes.data
     gone = weakref.ref(slopes.base)
     del function, slopes, trace, packed
     gc.collect()
