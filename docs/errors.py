@@ -74,6 +74,8 @@ GROUPS = [
 
         attention(query.repeat(2, axis=1), key, value)
 
+        attention(query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2))
+
         attention(query.repeat(2, axis=1)[:, :5], key, value, enable_gqa=True)
 
         attention(query, key[0, 0], value, enable_gqa=True)
@@ -91,6 +93,8 @@ GROUPS = [
         attention(query, key, value, attn_mask=np.zeros((4, 5), np.int8))
 
         attention(query, key, value, attn_mask=np.zeros((4, 4), bool))
+
+        attention(query, key, value, attn_mask=np.zeros((2, 5), bool))
 
         attention(query, key, value, attn_mask=(np.zeros(5, bool), np.zeros(5, np.float32)))
 

@@ -51,15 +51,17 @@ def library_of(name: str, array: Any) -> str:
         return "numpy"
     if isinstance(array, np.ndarray):
         if isinstance(array, (np.ma.MaskedArray, np.matrix)):
-            raise TypeError(
-                f"{name} must be a plain array, but was a {type(array).__name__}: pass numpy.asarray({name})"
-            )
+            found, hint = type(array).__name__, f"pass numpy.asarray({name})"
+            if isinstance(array, np.ma.MaskedArray):  # asarray alone would count in what the mask leaves out
+                hint += ", which drops its mask, and as attn_mask which keys take part"
+            raise TypeError(f"{name} must be a plain array, but was a {found}: {hint}")
         return "numpy"
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(array, cupy.ndarray):
         return "cupy"
     found = "None" if array is None else f"of type {type(array).__name__}"
-    raise TypeError(f"{name} must be an array of NumPy, CuPy or a library with DLPack, but was {found}")
+    hint = f": pass numpy.asarray({name})" if isinstance(array, (list, tuple)) or hasattr(array, "__array__") else ""
+    raise TypeError(f"{name} must be an array of NumPy, CuPy or a library with DLPack, but was {found}{hint}")
 
 
 def device_of(array: Any) -> AbstractContextManager[Any]:
@@ -120,7 +122,7 @@ def common_dtype(query: Any, key: Any, value: Any) -> DType:
         return element
     for name, array in (("query", query), ("key", key), ("value", value)):
         if array.dtype not in DTYPES:
-            hint = "" if array.dtype.isnative else _in_native_order(name, array)
+            hint = f": pass {name}.astype(np.float32)" if array.dtype.kind in "iub" else _native_hint(name, array)
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, but was {_named(array)}{hint}")
     for name, array in (("key", key), ("value", value)):
         if array.dtype != query.dtype:
@@ -156,7 +158,8 @@ def split_mask(attn_mask: Any, query: Any, dtype: DType) -> tuple[Any, Any]:
 def _check_float_mask(name: str, mask: Any, dtype: DType) -> None:
     if mask.dtype in (dtype.storage, np.dtype(np.float32)) and mask.dtype.isnative:
         return
-    raise TypeError(f"{name} must be bool or {_or_float32(dtype)}, but was {_named(mask)}{_hint(name, mask)}")
+    hint = f": pass {name}.astype(bool) if 1 takes part" if mask.dtype.kind in "iu" else _hint(name, mask)
+    raise TypeError(f"{name} must be bool or {_or_float32(dtype)}, but was {_named(mask)}{hint}")
 
 
 def check_per_head(name: str, array: Any, dtype: DType | None) -> None:
@@ -173,11 +176,11 @@ def _or_float32(dtype: DType) -> str:
 def _hint(name: str, array: Any) -> str:
     if array.dtype == np.float64:
         return f", which NumPy makes by default: pass {name}.astype(np.float32)"
-    return "" if array.dtype.isnative else _in_native_order(name, array)
+    return _native_hint(name, array)
 
 
-def _in_native_order(name: str, array: Any) -> str:
-    return f": pass {name}.astype(np.{array.dtype.name})"
+def _native_hint(name: str, array: Any) -> str:
+    return "" if array.dtype.isnative else f": pass {name}.astype(np.{array.dtype.name})"
 
 
 def check_seed_array(seed: Any, query: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 from collections.abc import Sequence
@@ -48,17 +49,32 @@ def _broadcast_lead(query: Shape, key: Shape, value: Shape) -> tuple[Shape, Shap
         score_lead = np.broadcast_shapes(query[:-2], key[:-2])
         lead = np.broadcast_shapes(score_lead, value[:-2])
     except ValueError:
-        raise ValueError(
-            f"the leading axes of query {query}, key {key} and value {value} must broadcast"
-            + (
-                "; for key and value with fewer heads pass enable_gqa=True"
-                if min(map(len, (query, key, value))) > 2
-                else ""
-            )
-        ) from None
+        operands = f"query {query}, key {key} and value {value}"
+        if not _broadcast(query[:-2], key[:-2]):  # attention_weights has no value to speak of
+            operands = f"query {query} and key {key}"
+        raise ValueError(f"the leading axes of {operands} must broadcast{_lead_hint(query, key, value)}") from None
     num_heads = lead[-1] if lead else 1
     num_heads_k, num_heads_v = (num_heads if len(shape) > 2 and shape[-3] == num_heads else 1 for shape in (key, value))
     return lead, score_lead, (num_heads, num_heads_k, num_heads_v)
+
+
+def _lead_hint(query: Shape, key: Shape, value: Shape) -> str:
+    """Which other reading of the shapes would fit, if one does."""
+    with contextlib.suppress(ValueError):
+        _gqa_lead(query, key, value)
+        return "; for key and value with fewer heads pass enable_gqa=True"
+    turned = [(*shape[:-3], shape[-2]) for shape in (query, key, value) if len(shape) > 2]
+    if len(turned) == 3 and _broadcast(*turned):
+        return "; for axes (…, length, heads, head dim) pass .swapaxes(-3, -2) of each"
+    return ""
+
+
+def _broadcast(*shapes: Shape) -> bool:
+    try:
+        np.broadcast_shapes(*shapes)
+    except ValueError:
+        return False
+    return True
 
 
 def _gqa_lead(query: Shape, key: Shape, value: Shape) -> tuple[Shape, Shape, tuple[int, int, int]]:
@@ -89,8 +105,19 @@ def mask_shape(mask: Shape, scores: Shape, rank: int) -> Shape:
     """The mask's shape with leading ones up to `rank`, after checking that it broadcasts into the scores' shape."""
     fits = len(mask) <= len(scores) and all(m in (1, n) for m, n in zip(reversed(mask), reversed(scores), strict=False))
     if not fits:
-        raise ValueError(f"attn_mask must broadcast into the scores' shape {scores}, but had shape {mask}")
+        hint = _batch_hint(mask, scores)
+        raise ValueError(f"attn_mask must broadcast into the scores' shape {scores}, but had shape {mask}{hint}")
     return (1,) * (rank - len(mask)) + mask
+
+
+def _batch_hint(mask: Shape, scores: Shape) -> str:
+    """How to index a mask whose first axis is the batch's, (B, S) or (B, L, S), so that it fits."""
+    missing = len(scores) - len(mask)
+    if missing < 1 or len(mask) < 2 or mask[0] != scores[0]:
+        return ""
+    if any(m not in (1, n) for m, n in zip(mask[1:], scores[missing + 1 :], strict=True)):
+        return ""
+    return f"; if its first axis is the batch's, pass attn_mask[:{', None' * missing}]"
 
 
 def check_shape(name: str, shape: Any) -> Shape:

@@ -59,12 +59,16 @@ HALF = all_of(np.float16)
 
 OPERANDS = {
     **{
-        f"{name} is a list": Refusal({name: f32(*shape).tolist()}, TypeError, (name, "list", "array"))
+        f"{name} is a list": Refusal(
+            {name: f32(*shape).tolist()}, TypeError, (name, "list", f"pass numpy.asarray({name})")
+        )
         for name, shape in SHAPES.items()
     },
     **{f"{name} is None": Refusal({name: None}, TypeError, (name, "None", "array")) for name in SHAPES},
     **{
-        f"{name} is a masked array": Refusal({name: np.ma.array(f32(*shape))}, TypeError, (name, "MaskedArray"))
+        f"{name} is a masked array": Refusal(
+            {name: np.ma.array(f32(*shape))}, TypeError, (name, "MaskedArray", "drops its mask", "attn_mask")
+        )
         for name, shape in SHAPES.items()
     },
     **{f"{name} has one dim": Refusal({name: f32(8)}, ValueError, (name, "(8,)", "2")) for name in SHAPES},
@@ -103,6 +107,11 @@ OPERANDS = {
     "key heads do not divide": Refusal(
         {"query": f32(2, 4, 4, 8), "enable_gqa": True}, ValueError, ("key", "3", "4", "divi")
     ),
+    "length before heads": Refusal(
+        {"query": f32(2, 4, 3, 8), "key": f32(2, 5, 3, 8), "value": f32(2, 5, 3, 6)},
+        ValueError,
+        ("broadcast", ".swapaxes(-3, -2)"),
+    ),
     "value heads do not divide": Refusal(
         {**SIX_HEADS, "value": f32(2, 4, 5, 6)}, ValueError, ("value", "4", "6", "divi")
     ),
@@ -130,6 +139,13 @@ MASKS = {
             {"attn_mask": of(dtype, 4, 5)}, TypeError, ("attn_mask", np.dtype(dtype).name, "bool", "float32")
         )
         for dtype in (np.int64, np.int8, np.uint8, np.float16, ml_dtypes.bfloat16, np.complex64, object)
+    },
+    "mask of 0 and 1": Refusal({"attn_mask": of(np.uint8, 4, 5)}, TypeError, ("uint8", "attn_mask.astype(bool)")),
+    **{
+        f"mask of shape {shape} for the batch": Refusal(
+            {"attn_mask": of(bool, *shape)}, ValueError, ("broadcast", f"attn_mask[:{axes}]")
+        )
+        for shape, axes in (((2, 5), ", None, None"), ((2, 4, 5), ", None"), ((2, 1, 5), ", None"))
     },
     "mask of float64": Refusal(
         {"attn_mask": of(np.float64, 4, 5)}, TypeError, ("attn_mask", "float64", ".astype(np.float32)")
@@ -356,6 +372,23 @@ def test_the_call_that_the_others_differ_from_is_valid(backend: str) -> None:
 def test_attention_refuses(name: str, backend: str) -> None:
     refusal = REFUSALS[name]
     refused(cupyflash.attention, valid() | refusal.arguments | {"backend": backend}, refusal.error, refusal.says)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"query": f32(3, 3, 4, 8)},  # another batch
+        {"query": f32(2, 4, 4, 8)},  # heads that don't divide
+        {"query": f32(4, 8), "key": f32(2, 5, 8), "value": f32(3, 5, 6)},
+        {"attn_mask": of(bool, 2, 6)},
+        {"attn_mask": of(bool, 3, 5, 5)},
+        {"query": of(complex, 2, 3, 4, 8)},
+    ],
+)
+def test_no_remedy_is_named_that_would_not_help(arguments: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError)) as raised:
+        cupyflash.attention(**valid() | arguments)
+    assert "pass" not in str(raised.value)
 
 
 NOT_OF_WEIGHTS = {"value", "dropout_p", "seed", "out", "return_lse", "return_weights"}
