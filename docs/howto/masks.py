@@ -32,7 +32,7 @@ This page is written by `python docs/howto/masks.py`, and a test keeps it true.
 
 SETUP = """\
 import numpy as np
-from cupyflash import mods
+from cupyflash import attention, mods
 
 lengths = np.array([6, 3])  # keys of each of two sequences, the rest is padding
 padding = (np.arange(6) < lengths[:, None])[:, None, None, :]  # (batch, 1, 1, keys)
@@ -101,12 +101,30 @@ The first of these that says what you mean:
 |---|---|---|
 | `is_causal`, `window`, `align` | two numbers | tiles that nobody sees are not visited, on every backend but `math` |
 | `attn_mask`, bool | a byte for each element *as you give it*: padding (B, 1, 1, S) stays one row for each text \
-| kernels skip tiles in which no key takes part |
+| tiles in which no key takes part are skipped, by `numpy` and the kernels |
 | `mask_mod` | no array; it is asked for tiles of positions \
-| kernels skip such tiles too ([how](score_mod.md#what-a-mask-saves)) |
+| such tiles are skipped too ([how](score_mod.md#what-a-mask-saves)) |
 | `attn_mask`, float | an addition for each score; −inf removes | nothing: it is read everywhere |
 
 A query that is left without any key gives 0, weights of 0 and a log-sum-exp of −inf, not NaN.
+
+## Missing data
+
+NaN in a *key* that is masked out reaches nothing. In a *value* it may: a tile multiplies weights of 0 by it, and
+0 · NaN is NaN. So one NaN at the end of a causal series may spoil the rows before it that are in the same tile, a few
+hundred. Put numbers where data is missing, any will do, and mask them:
+
+```python
+series = np.random.default_rng(0).standard_normal((1000, 8)).astype(np.float32)
+series[700:710] = np.nan  # a gap
+
+known = ~np.isnan(series).any(axis=-1)  # (1000,)
+filled = np.where(known[:, None], series, np.float32(0))
+out = attention(filled, filled, filled, attn_mask=known, is_causal=True)
+bool(np.isfinite(out).all())  # -> True
+```
+
+Of a `numpy.ma` array these are `~np.ma.getmaskarray(series).any(axis=-1)` and `series.filled(0)`.
 """
 
 
