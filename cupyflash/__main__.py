@@ -63,7 +63,13 @@ def _parser() -> argparse.ArgumentParser:
         "of each row step by step, bytes moved, the error. Runs the GPU's kernel under the emulator: no GPU is needed, "
         "a C++ compiler is.",
     )
-    command.add_argument("--out", required=True, type=Path, metavar="FILE", help="the page to write, one HTML file")
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("walk.html"),
+        metavar="FILE",
+        help="the page to write, one HTML file (walk.html)",
+    )
     add = command.add_argument_group("the call, with the names of attention's arguments").add_argument
     add("--shape", type=_shape, default=(1, 2, 300, 300, 64), metavar="B,H,L,S,E", help="(1,2,300,300,64)")
     add("--gqa", type=_positive, default=1, metavar="N", help="query heads that share a head of keys and values (1)")

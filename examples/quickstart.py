@@ -4,6 +4,7 @@ Run it:  python examples/quickstart.py [length]
 It needs nothing but cupyflash, so no bar: it takes a second or two.
 """
 
+import argparse
 import sys
 import time
 import tracemalloc
@@ -15,7 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a plain checkout
 
 import cupyflash
 
-length = int(sys.argv[1]) if len(sys.argv) > 1 else 2048  # more takes seconds
+parser = argparse.ArgumentParser(description="Attention over NumPy arrays, beside the formula with its weights.")
+parser.add_argument("length", nargs="?", type=int, default=2048, help="queries and keys (2048); more takes seconds")
+length = parser.parse_args().length
 rng = np.random.default_rng(0)
 query = rng.standard_normal((1, 8, length, 64), dtype=np.float32)  # (batch, heads, length, head_dim)
 key = rng.standard_normal((1, 8, length, 64), dtype=np.float32)

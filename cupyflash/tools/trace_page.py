@@ -31,7 +31,8 @@ def as_text(found: Trace) -> Iterator[str]:
     conflicts = sum(launch.bank_conflicts for launch in found.launches)
     moved, formula = _size(found.bytes_moved), _size(found.bytes_of_formula)
     yield f"  {moved} moved, {formula} by the formula; {conflicts} bank conflicts"
-    yield f"  largest error against math in float64: {found.error:.2g}, {found.error_units:.2f} units of 3"
+    units = f"{found.error_units:.2f} units of rounding, 3 are allowed"
+    yield f"  largest error against math in float64: {found.error:.2g}, {units}"
 
 
 def as_html(found: Trace, command: str = "") -> str:
