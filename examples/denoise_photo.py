@@ -30,7 +30,7 @@ import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cbook import get_sample_data
 from matplotlib.figure import Figure
-from tqdm import tqdm
+from tqdm.auto import tqdm  # as cupyflash.progress does, so that its memory is not taken for that of the call
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a plain checkout works without an install
 

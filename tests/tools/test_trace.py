@@ -375,6 +375,12 @@ def test_the_default_page_is_small(tmp_path: Path, capsys: pytest.CaptureFixture
     assert str(page) in printed
 
 
+def test_the_page_has_a_name_without_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command_line.main(["trace", "--shape", "1,1,64,64,64"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["walk.html"]
+
+
 def test_text(causal: Trace) -> None:
     lines = list(as_text(causal))
     assert lines[0] == "float16, 2 heads, 192 queries, 192 keys, head dim 64"
