@@ -180,14 +180,18 @@ MERGE_PARAMS = np.dtype(
 
 
 def layout_checks(structure: str, dtype: np.dtype[np.void]) -> str:
-    """``static_assert`` lines that hold the C++ ``structure`` to ``dtype``: size and places."""
+    """``static_assert`` lines that hold the C++ ``structure`` to ``dtype``: size and places.
+
+    NVRTC 12 has no ``__builtin_offsetof`` and looks at sizes alone; layout is the same for all compilers that have it.
+    """
     assert dtype.fields is not None
-    lines = [f'static_assert(sizeof({structure}) == {dtype.itemsize}, "{structure} has another size in Python");']
+    sizes = [f'static_assert(sizeof({structure}) == {dtype.itemsize}, "{structure} has another size in Python");']
+    places = []
     for name, (field, offset, *_) in dtype.fields.items():
-        where = f"__builtin_offsetof({structure}, {name}) == {offset}"
-        size = f"sizeof({structure}::{name}) == {field.itemsize}"
-        lines.append(f'static_assert({where} && {size}, "{structure}.{name} lies elsewhere in Python");')
-    return "\n".join(lines) + "\n"
+        size, place = f"sizeof({structure}::{name}) == {field.itemsize}", f"__builtin_offsetof({structure}, {name})"
+        sizes.append(f'static_assert({size}, "{structure}.{name} has another size in Python");')
+        places.append(f'static_assert({place} == {offset}, "{structure}.{name} lies elsewhere in Python");')
+    return "\n".join([*sizes, "#if !defined(__CUDACC_RTC__) || __CUDACC_VER_MAJOR__ >= 13", *places, "#endif"]) + "\n"
 
 
 def by_value(block: Block) -> Block:

@@ -8,7 +8,12 @@ import subprocess
 
 import pytest
 
+from cupyflash.build.rendering import render_kernel
 from cupyflash.build.source import KernelSource, config, flatten, read_kernel, render
+from cupyflash.plan.specs import MaskSummarySpec, MergeSpec, Mods, ModSummarySpec
+from cupyflash.problem.trace import trace_mask_mod
+
+KEEP = Mods(None, trace_mask_mod(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx).expression)
 
 
 @pytest.fixture
@@ -101,6 +106,15 @@ def test_render(kernels):
         "};",
         "int k = Config::kN;",
     ]
+
+
+@pytest.mark.parametrize("spec", [MaskSummarySpec(), MergeSpec("float16", "float16"), ModSummarySpec(KEEP)], ids=str)
+def test_what_nvrtc_12_lacks_is_kept_from_it(spec):
+    """It refuses a whole file for one ``__builtin_offsetof``, and no NVRTC 12 is here to say so."""
+    guard = re.compile(r"^#if !defined\(__CUDACC_RTC__\) \|\| __CUDACC_VER_MAJOR__ >= 13\n(.*?)^#endif\n", re.M | re.S)
+    text = render_kernel(spec).text
+    assert any("__builtin_offsetof" in guarded for guarded in guard.findall(text))
+    assert "__builtin_offsetof" not in guard.sub("", text)
 
 
 def test_sources_are_values():
