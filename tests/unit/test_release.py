@@ -46,6 +46,14 @@ def test_the_support_page_says_what_is_required() -> None:
     assert f'target-version = "py{oldest.replace(".", "")}"' in read(".ruff.toml")
 
 
+def test_an_extra_with_nvrtc_has_what_finds_it() -> None:
+    """CuPy's wheels bring cuda-pathfinder; "pip install 'cupyflash[nvrtc]'" is what we say where it is missing."""
+    extras = settings()["options.extras_require"]
+    assert {"cuda-pathfinder"} < set(extras["nvrtc"].split())
+    for name in ("cuda12", "cuda13", "nvrtc"):
+        assert re.search(r"^cuda-toolkit\[.*\bnvrtc\b.*\]==", extras[name], re.MULTILINE), name
+
+
 def test_classifiers_begin_with_the_oldest_python() -> None:
     text, oldest = settings()["metadata"]["classifiers"], settings()["options"]["python_requires"].removeprefix(">=")
     versions = [tuple(map(int, found.split("."))) for found in re.findall(r"Python :: (3\.\d+)", text)]
