@@ -16,7 +16,8 @@ from .problem.normalize import normalize
 from .problem.problem import Buffers, Problem
 
 if TYPE_CHECKING:  # what knows of kernels takes long to import: `explain` does so when it is called
-    from .build.operands import Copy
+    from .build.modding import CallMods
+    from .build.operands import Copy, Summary
     from .plan.choose import Candidate
     from .plan.device import DeviceSpec
     from .plan.specs import Plan
@@ -48,6 +49,8 @@ class Explanation:
         Why the backend can't run the call; empty if it can.
     others : dict[str, tuple of str]
         For each other backend why it can't; empty where it can.
+    summaries : tuple of Summary
+        Launches ahead of the plan's, which tell what is known of tiles of a bool mask or a mask_mod: launch, bytes.
     """
 
     problem: Problem
@@ -58,6 +61,7 @@ class Explanation:
     candidates: tuple[Candidate, ...] = ()
     refusals: tuple[str, ...] = ()
     others: dict[str, tuple[str, ...]] | None = None
+    summaries: tuple[Summary, ...] = ()
 
     def __repr__(self) -> str:
         where = f" on {self.device.name}" if self.device else ""
@@ -164,7 +168,7 @@ def _explain_kernels(problem: Problem, buffers: Buffers, backend: str, device: D
 
     others = _others(problem, backend)
     reasons = tuple(refusals(problem))
-    plan, mods = None, None
+    plan, mods, traced = None, None, None
     unmapped = map_refusals(problem, buffers, device)
     if not reasons:
         try:
@@ -180,7 +184,18 @@ def _explain_kernels(problem: Problem, buffers: Buffers, backend: str, device: D
     found = tuple(candidates(selector_of(problem, device, mods, unmapped), device))
     if plan is None or reasons:
         return Explanation(problem, backend, device, None, (), found, reasons, others)
-    return Explanation(problem, backend, device, plan, tuple(copies_of(plan, buffers, _address)), found, (), others)
+    copies = tuple(copies_of(plan, buffers, _address))
+    return Explanation(
+        problem, backend, device, plan, copies, found, (), others, _summaries(problem, plan, buffers, traced)
+    )
+
+
+def _summaries(problem: Problem, plan: Plan, buffers: Buffers, mods: CallMods | None) -> tuple[Summary, ...]:
+    from .build.operands import summaries_of
+
+    # Arrays that stand for CuPy's are NumPy's for what allocates.
+    library = "numpy" if isinstance(buffers.query, np.ndarray) else problem.library
+    return tuple(summaries_of(replace(problem, library=library), plan, buffers, _address, mods))
 
 
 def _others(problem: Problem, backend: str) -> dict[str, tuple[str, ...]]:
@@ -200,7 +215,7 @@ def _lines(found: Explanation) -> list[str]:
     if found.refusals:
         lines += ["can't run this call", *(f"  {reason}" for reason in found.refusals)]
         able = [name for name, reasons in (found.others or {}).items() if not reasons]
-        lines += ["can run it", *(f'  {name}: pass backend="{name}"' for name in able)]
+        lines += ["can run it", *([f'  {name}: pass backend="{name}"' for name in able] or ["  no backend"])]
     elif found.device is None:
         lines += ["launches", "  no kernel" + _INSTEAD.get(found.backend, "")]
     elif found.plan is not None:
@@ -232,6 +247,11 @@ def _launches(found: Explanation, plan: Plan, device: DeviceSpec) -> list[str]:
     from .plan.tiles import FAMILIES
 
     lines = ["launches"]
+    for launch, nbytes in found.summaries:
+        lines.append(
+            f"  {launch.spec}: {launch.grid[0]} blocks of {launch.block[0]} threads; which tiles of scores are empty, "
+            f"which whole: {_size(nbytes)}"
+        )
     for launch in plan.launches:
         shared = f", {_size(launch.shared_bytes)} of shared memory each" if launch.shared_bytes else ""
         lines.append(f"  {launch.spec}: {launch.grid[0]} blocks of {launch.block[0]} threads{shared}")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import Unsupported
-from ..plan.specs import FwdSpec, Mods, Plan
+from ..plan.specs import FwdSpec, Launch, Mods, Plan
 from ..problem.philox import dropout_threshold
 from ..problem.problem import Buffers, Problem
 from .bulk import MapMaker, make_maps
@@ -18,7 +18,7 @@ from .modding import CallMods, ModSummary, summarize_mods
 from .params import BATCH_AXES, MASK, MOD_MARKS, NO_SCORES, Block, pack_marks, pack_mask, pack_scores, pack_tensor
 from .strides import COPY_ALIGNMENT, join_batch, steps_of, strides_of_copy, tensor_of
 
-__all__ = ["Copy", "Operands", "batch_refusals", "copies_of", "prepare"]
+__all__ = ["Copy", "Operands", "Summary", "batch_refusals", "copies_of", "prepare", "summaries_of"]
 
 _NO_MASK, _NO_MARKS = bytes(MASK.itemsize), bytes(MOD_MARKS.itemsize)
 
@@ -255,6 +255,27 @@ def copies_of(plan: Plan, buffers: Buffers, address: Callable[[Any], int]) -> li
         shape = array.shape if name == "out" else _once(array).shape
         copies.append(Copy(name, reason, math.prod(_padded_rows(shape, itemsize)) * itemsize))
     return copies
+
+
+class Summary(NamedTuple):
+    """A launch ahead of the plan's own: what is known of each tile of a bool mask or of a mask_mod."""
+
+    launch: Launch
+    nbytes: int  # of the new array
+
+
+def summaries_of(
+    problem: Problem, plan: Plan, buffers: Buffers, address: Callable[[Any], int], mods: CallMods | None = None
+) -> list[Summary]:
+    """What `prepare` would have summarised, without doing it."""
+    mask, found = buffers.bool_mask, []
+    summary = None if mask is None else _summary_for(plan, mask, problem.namespace, address)
+    if summary is not None and summary.launch is not None:
+        found.append(Summary(summary.launch, summary.array.size))
+    mod_summary = summarize_mods(mods, problem, plan, buffers, address)
+    if mod_summary is not None:
+        found.append(Summary(mod_summary.launch, mod_summary.array.size))
+    return found
 
 
 def batch_refusals(problem: Problem, buffers: Buffers, alignment: int, address: Callable[[Any], int]) -> list[str]:

@@ -452,7 +452,8 @@ def _unsuited(row: TileRow, selector: Selector, rows: Rows) -> Iterator[str]:
     if family.takes_maps:
         yield from selector.unmapped
     if rows.height < family.least_rows:
-        yield f"{row.family} is for {family.least_rows} rows of queries or more, here are at most {rows.height}"
+        # Rounded up to what selectors tell apart: no number to be shown.
+        yield f"{row.family} is for {family.least_rows} rows of queries or more, here are fewer"
 
 
 def _rows_of(row: TileRow, selector: Selector) -> Rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib.util
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,8 @@ def test_all_reasons_and_the_way_out() -> None:
     assert [reason.split(" 32,")[0] for reason in found.refusals] == ["it has the head dims"]
     assert found.plan is None
     assert 'can run it\n  math: pass backend="math"' in str(found)
+    full = np.zeros((2, 7, 64), np.float32)
+    assert str(explain(full, full, full, precision="tf32", device="H200")).endswith("can run it\n  no backend")
     tiny = replace(DEVICES["A100"], name="tiny", smem_per_block=8 << 10)
     found = explain(x, x, x, device=tiny)
     assert len(found.refusals) == len(found.candidates) > 2
@@ -152,6 +155,34 @@ def test_mods_are_traced() -> None:
     assert "(q_idx > kv_idx) decides an `if`" in reason
     assert f"{__file__}:" in reason
     assert 'can run it\n  math: pass backend="math"' in str(found)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attn_mask": np.ones((1, 2, 100, 300), bool)},
+        {"attn_mask": np.ones((300,), bool)},
+        {"attn_mask": np.ones((100, 300), np.float32)},
+        {"mask_mod": lambda b, h, i, j: i >= j},
+        {"attn_mask": np.ones((300,), bool), "mask_mod": lambda b, h, i, j: i - h >= j},
+        {"is_causal": True},
+    ],
+    ids=["bool", "padding", "float", "mod", "both", "none"],
+)
+def test_summaries_are_those_that_are_launched(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], cxx: object
+) -> None:
+    query, key = half(1, 2, 100, 32), half(1, 2, 300, 32)
+    found = explain(query, key, key, **options, backend="emulator")
+    monkeypatch.setenv("CUPYFLASH_DEBUG", "1")
+    cupyflash.attention(query, key, key, **options, backend="emulator")
+    launched = re.findall(r"^cupyflash: (\S+) grid=(\d+)", capfd.readouterr().err, re.MULTILINE)
+    assert found.plan is not None
+    expected = [*(summary.launch for summary in found.summaries), *found.plan.launches]
+    assert launched == [(str(launch.spec), str(launch.grid[0])) for launch in expected]
+    assert len(found.summaries) == ("mask_mod" in options) + (getattr(options.get("attn_mask"), "dtype", None) == bool)
+    for summary in found.summaries:
+        assert f"  {summary.launch.spec}: {summary.launch.grid[0]} blocks of 128 threads; which tiles" in str(found)
 
 
 def test_a_batch_of_too_many_axes_is_refused_as_by_the_backend() -> None:
