@@ -80,7 +80,8 @@ def explain(*args: Any, device: str | DeviceSpec | None = None, **kwargs: Any) -
     *args, **kwargs
         The arguments of `attention`.
     device : str or DeviceSpec, optional
-        The GPU on which to explain the backend "cuda": a name in `cupyflash.plan.device.DEVICES`, such as "H200".
+        The GPU on which to explain the backend "cuda": a name in `cupyflash.plan.device.DEVICES`, such as "H200" or
+        "RTX 4090", in capitals or not; for another GPU a `DeviceSpec` with its numbers.
         NumPy arrays then stand for CuPy arrays of the same layout.  Default: the arrays' own device; for NumPy arrays
         the backend that `attention` would take.
 
@@ -142,9 +143,17 @@ def _device(device: str | DeviceSpec) -> DeviceSpec:
         return device
     if not isinstance(device, str):
         raise TypeError(f"device must be a name or a DeviceSpec, but was {device!r}")
-    if device not in DEVICES:
-        raise ValueError(f"device must be one of {', '.join(DEVICES)}, or a DeviceSpec, but was {device!r}")
-    return DEVICES[device]
+    known = {_spelled(name): found for name, found in DEVICES.items()}
+    if _spelled(device) not in known:
+        raise ValueError(
+            f"device must be one of {', '.join(DEVICES)}, or a cupyflash.plan.device.DeviceSpec, but was {device!r}"
+        )
+    return known[_spelled(device)]
+
+
+def _spelled(name: str) -> str:
+    """As it is typed: "rtx4090"."""
+    return name.replace(" ", "").casefold()
 
 
 def _device_of(backend: str, problem: Problem, buffers: Buffers) -> DeviceSpec | None:

@@ -55,6 +55,7 @@ DEVICES: dict[str, DeviceSpec] = {
         DeviceSpec("A10G", (8, 6), 80, 99 * _KIB, 100 * _KIB, 6 * _MIB),
         DeviceSpec("RTX 3090", (8, 6), 82, 99 * _KIB, 100 * _KIB, 6 * _MIB),
         DeviceSpec("L4", (8, 9), 58, 99 * _KIB, 100 * _KIB, 48 * _MIB),
+        DeviceSpec("RTX 4090", (8, 9), 128, 99 * _KIB, 100 * _KIB, 72 * _MIB),
         DeviceSpec("L40S", (8, 9), 142, 99 * _KIB, 100 * _KIB, 96 * _MIB),
         DeviceSpec("H100", (9, 0), 132, 227 * _KIB, 228 * _KIB, 50 * _MIB),
         DeviceSpec("H200", (9, 0), 132, 227 * _KIB, 228 * _KIB, 50 * _MIB),
