@@ -47,6 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the kernels of t
 from gpu_workloads import CASES, EVERYTHING, FEATURES, Case
 
 from cupyflash.build.cache import default_cache
+from cupyflash.build.modding import trace_mods
 from cupyflash.build.nvrtc import compile_cubin
 from cupyflash.build.rendering import arch_for, render_kernel
 from cupyflash.plan.choose import choose
@@ -429,9 +430,8 @@ class Prediction:
     share: Mapping[str, float]
 
 
-def predict(problem: Problem, device: DeviceSpec, rates: Rates, plan: Plan | None = None) -> Prediction:
+def predict(problem: Problem, plan: Plan, device: DeviceSpec, rates: Rates) -> Prediction:
     """The times of a call on that GPU, by the model at the top of this file."""
-    plan = choose(problem, device) if plan is None else plan
     spec = plan.launches[0].spec
     assert isinstance(spec, FwdSpec)
     cycles = cycles_of(spec, step_of(spec, arch_for(spec, device)), rates)
@@ -463,12 +463,13 @@ def predict(problem: Problem, device: DeviceSpec, rates: Rates, plan: Plan | Non
     return Prediction(spec, max(share, key=lambda name: share[name]), seconds, in_turn, share)
 
 
-def problem_of(case: Case) -> Problem:
-    """The case as the plan sees it, without any memory for its operands."""
+def planned(case: Case, device: DeviceSpec) -> tuple[Problem, Plan]:
+    """The case as the plan sees it, without any memory for its operands; and its plan, with a score_mod's kernel."""
     query, key = (np.broadcast_to(np.zeros((), DTYPES[case.dtype]), shape) for shape in case.shapes)
     asked = FEATURES[case.feature](case, *EVERYTHING) if case.feature else {}
-    problem, _ = normalize(query, key, key, **case.options, **asked)
-    return replace(problem, library="cupy")
+    problem, buffers = normalize(query, key, key, **case.options, **asked)
+    mods = trace_mods(problem, buffers)
+    return problem, choose(problem, device, mods.structure if mods else None)
 
 
 # --- tables --------------------------------------------------------------------------------------------------
@@ -494,7 +495,7 @@ def spec_lines(device: DeviceSpec, match: str) -> Iterator[str]:
 def case_rows(cases: Sequence[Case], device: DeviceSpec, rates: Rates) -> Iterator[tuple[Case, Prediction]]:
     """Every case with what is predicted."""
     for case in cases:
-        yield case, predict(problem_of(case), device, rates)
+        yield case, predict(*planned(case, device), device, rates)
 
 
 def format_rate(case: Case, seconds: float) -> str:
@@ -531,7 +532,7 @@ def compared_lines(report: Report, device: DeviceSpec) -> Iterator[str]:
         rates = RATES[device.name]
         if clock:
             rates = replace(rates, clock=clock / 1e3)
-        found = predict(problem_of(case), device, rates)
+        found = predict(*planned(case, device), device, rates)
         times = "".join(f" {1e6 * seconds:>7.1f} µs" for seconds in (taken["median"], found.seconds, found.in_turn))
         part = found.seconds / taken["median"]
         yield f"{case.name:34} {rates.clock:>6.2f}{times} {part:>6.0%}  {found.limit}"

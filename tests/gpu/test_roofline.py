@@ -15,7 +15,6 @@ import pytest
 from cupyflash.build.cache import default_cache
 from cupyflash.build.nvrtc import compile_cubin
 from cupyflash.build.rendering import entry_of, render_kernel
-from cupyflash.plan.choose import choose
 from cupyflash.plan.device import DEVICES
 from cupyflash.plan.specs import Features, FwdSpec
 from cupyflash.plan.tiles import TileConfig
@@ -184,7 +183,7 @@ def test_a_step_without_tensor_cores(roofline: ModuleType, disassembler: str, dt
     """Multiply-adds are those of the tile, however the loops over head dims were unrolled."""
     case = roofline.Case(1, (2, 2), 512, 512, 64, dtype=dtype)
     device = DEVICES["A100"]
-    plan = choose(roofline.problem_of(case), device)
+    _, plan = roofline.planned(case, device)
     spec = plan.launches[0].spec
     step = roofline.step_of(spec, device.arch)
     pipe = {"float32": "fma", "float64": "fp64"}[dtype]
@@ -202,7 +201,7 @@ def test_nothing_is_faster_than_the_data_sheet(roofline: ModuleType, disassemble
         roofline.Case(4, (16, 16), 4096, 4096, 128, True, dtype="float16"),
         roofline.Case(8, (32, 8), 1, 8192, 128, dtype="float16", reads_once=True),
     ):
-        found = roofline.predict(roofline.problem_of(case), spec, rates)
+        found = roofline.predict(*roofline.planned(case, spec), spec, rates)
         assert case.operations / peak < found.seconds <= found.in_turn
         assert case.bytes / (rates.dram * 1e12) < found.seconds
         assert max(found.share.values()) <= 1
@@ -215,7 +214,7 @@ def test_a_half_empty_wave_and_a_causal_tail_cost(roofline: ModuleType, disassem
 
     def seconds(heads: int, is_causal: bool) -> float:
         case = roofline.Case(1, (heads, heads), 128 * 12, 128 * 12, 128, is_causal)
-        found: float = roofline.predict(roofline.problem_of(case), device, rates).seconds
+        found: float = roofline.predict(*roofline.planned(case, device), device, rates).seconds
         return found - roofline.LAUNCH_SECONDS
 
     assert seconds(10, False) == pytest.approx(2 * seconds(9, False))  # 120 blocks for 108 SMs
@@ -224,17 +223,28 @@ def test_a_half_empty_wave_and_a_causal_tail_cost(roofline: ModuleType, disassem
     assert seconds(54, True) / seconds(54, False) == pytest.approx(13 / 24)
 
 
+@pytest.mark.parametrize("feature", ["softcap as a score_mod", "document mask as a mask_mod"])
+def test_a_function_counts(roofline: ModuleType, disassembler: str, feature: str) -> None:
+    """The kernel is the one that computes it, so it has more to do than the same without."""
+    device, rates = DEVICES["A100"], roofline.RATES["A100"]
+    plain, case = (roofline.Case(1, (8, 8), 1024, 1024, 64, feature=feature) for feature in ("", feature))
+    problem, plan = roofline.planned(case, device)
+    assert plan.launches[0].spec.mods is not None
+    without = roofline.predict(*roofline.planned(plain, device), device, rates)
+    assert roofline.predict(problem, plan, device, rates).in_turn > without.in_turn
+
+
 def test_measurements_are_set_beside_it(roofline: ModuleType, disassembler: str) -> None:
     case = next(case for case in roofline.CASES if case.name == "d128 full 4096")
-    found = roofline.predict(roofline.problem_of(case), DEVICES["H200"], roofline.RATES["H200"])
+    device = DEVICES["H200"]
+    found = roofline.predict(*roofline.planned(case, device), device, roofline.RATES["H200"])
     row = {"name": case.name, "seconds": {"cupyflash": {"median": 2 * found.seconds}}, "clocks": {}}
     slow = {**row, "clocks": {"sm_mhz": roofline.RATES["H200"].clock * 500}}
     report = {
         "machine": {"name": "NVIDIA H200"},
         "results": [row, slow, {"name": "gone", "seconds": {}}, {**row, "seconds": {}}],
     }
-    device = roofline.device_of_report(report)
-    assert device == DEVICES["H200"]
+    assert roofline.device_of_report(report) == device
     _, line, slower = roofline.compared_lines(report, device)
     assert line.startswith("d128 full 4096")
     assert "   50%  " in line
