@@ -54,7 +54,9 @@ constexpr AccessKind kind_of(const Access& access) { return static_cast<AccessKi
 
 // What is missing between an earlier access and one by `warp`.
 const char* cure_for(const Access& earlier, int warp) {
-  if (earlier.lane == kInFlight) return "cp.async wait";
+  // Another warp's copy: it may wait for it behind a barrier that is missing.
+  if (earlier.lane == kInFlight)
+    return static_cast<int>(earlier.warp) == warp ? "cp.async wait" : "cp.async wait or barrier";
   if (earlier.warp >= kFirstMbarrier) return "mbarrier wait";
   if (earlier.warp >= kFirstStore) return "bulk wait or barrier";
   if (earlier.warp >= kFirstWarpgroup) return "wgmma wait or barrier";
