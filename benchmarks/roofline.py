@@ -572,7 +572,8 @@ not counted: latencies, bank conflicts, barriers; and to power, which lowers clo
 
 Rates of the data sheet at {clock} GHz; instructions as compiled by NVRTC {nvrtc}, along the shortest way through the
 loop over tiles of keys; where something changes the scores, all that stands in the loop, needed or not: the kernel of
-ALiBi is that of softcap, and its tanh counts for both. In *its next* stands the pipe that comes second, and the part of the time that it works.
+ALiBi is that of softcap, and its tanh counts for both. In *its next* stands the pipe that comes second, and the
+part of the time that it works.
 """
 
 
