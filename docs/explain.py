@@ -56,6 +56,11 @@ EXAMPLES = (
         'explain(query, key, value, enable_gqa=True, device="T4")',
     ),
     (
+        "A padding mask, looked at by tiles first",
+        "kept = np.arange(2048) < np.array([1500])[:, None, None, None]  # 1×1×1×2048\n"
+        'explain(query, key, value, kept, enable_gqa=True, device="RTX 4090")',
+    ),
+    (
         "A score function, fused into the kernel",
         "def nearer(score, batch, head, i, j):\n    return score - abs(i - j)\n\n\n"
         'explain(query, key, value, enable_gqa=True, score_mod=nearer, device="H200")',
