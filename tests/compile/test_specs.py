@@ -103,7 +103,7 @@ HOPPER_OPCODES = {"HGMMA": 2 * (64 // 16 + 128 // 16), "UTMALDG": 13, "UTMASTG":
     ("changes", "fault"),
     [
         ({"HGMMA": 23}, "it has 23 HGMMA, expected 24"),
-        ({"UTMALDG": 4}, "it has 4 UTMALDG, expected 5 or more"),
+        ({"UTMALDG": 3}, "it has 3 UTMALDG, expected 4 or more"),
         ({"UTMASTG": 0}, "it has 0 UTMASTG, expected 1"),
         ({"USETMAXREG": 0}, "it has 0 USETMAXREG, expected 2"),
         ({"HMMA": 8}, "it has 8 HMMA, expected 0"),

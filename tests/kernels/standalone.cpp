@@ -24,8 +24,8 @@ int main() {
       const std::uint32_t grid[3] = {3, 1, 1};
       emulator::Counters counters;
       char report[4096];
-      if (cupyflash_emulator_launch(&cupyflash_kernel_mix, grid, kThreads, 4096, arguments, &options, &counters, report,
-                                    sizeof report) != 0) {
+      if (cupyflash_emulator_launch(&cupyflash_kernel_mix, grid, kThreads, 4096, arguments, &options, &counters,
+                                    nullptr, report, sizeof report) != 0) {
         // Without the address, which differs from run to run.
         const char* array = std::strstr(report, "near array");
         std::printf("%s\n", array == nullptr ? report : array);
