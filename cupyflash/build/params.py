@@ -179,10 +179,19 @@ MERGE_PARAMS = np.dtype(
 )
 
 
+# Whether there is one, the compiler says: 13.2, which PyTorch 2.15 brings, has none, 13.5 has.
+_IF_OFFSETOF = (
+    "#ifndef __has_builtin",
+    "#define __has_builtin(name) 0",
+    "#endif",
+    "#if !defined(__CUDACC_RTC__) || __has_builtin(__builtin_offsetof)",
+)
+
+
 def layout_checks(structure: str, dtype: np.dtype[np.void]) -> str:
     """``static_assert`` lines that hold the C++ ``structure`` to ``dtype``: size and places.
 
-    NVRTC 12 has no ``__builtin_offsetof`` and looks at sizes alone; layout is the same for all compilers that have it.
+    NVRTC 12 and early 13 have no ``__builtin_offsetof`` and look at sizes alone; later ones check the places too.
     """
     assert dtype.fields is not None
     sizes = [f'static_assert(sizeof({structure}) == {dtype.itemsize}, "{structure} has another size in Python");']
@@ -191,7 +200,7 @@ def layout_checks(structure: str, dtype: np.dtype[np.void]) -> str:
         size, place = f"sizeof({structure}::{name}) == {field.itemsize}", f"__builtin_offsetof({structure}, {name})"
         sizes.append(f'static_assert({size}, "{structure}.{name} has another size in Python");')
         places.append(f'static_assert({place} == {offset}, "{structure}.{name} lies elsewhere in Python");')
-    return "\n".join([*sizes, "#if !defined(__CUDACC_RTC__) || __CUDACC_VER_MAJOR__ >= 13", *places, "#endif"]) + "\n"
+    return "\n".join([*sizes, *_IF_OFFSETOF, *places, "#endif"]) + "\n"
 
 
 def by_value(block: Block) -> Block:

@@ -231,6 +231,11 @@ def attend(
     for name, what in _REFUSED.items():
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"{NAME!r} has nothing for {what}, but the model passed {name}")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+        raise TypeError(
+            f"{NAME!r} has no backward pass, but the model was called with gradients on: call it under "
+            'torch.no_grad(), or train it after model.set_attn_implementation("sdpa")'
+        )
     q_length = query.shape[2]
     options: dict[str, Any] = {}
     mask: torch.Tensor | None = None

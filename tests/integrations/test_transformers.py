@@ -80,6 +80,9 @@ DECODERS: dict[str, dict[str, Any]] = {
     "GPT2": {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **{
         name: TEXT[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}},
     "GPTNeoX": TEXT,
+    "Granite": {**GROUPED, "attention_multiplier": 0.5},  # a scale of its own
+    "Olmo2": GROUPED,
+    "Starcoder2": WINDOW,
     "OPT": {**TEXT, "ffn_dim": 40, "word_embed_proj_dim": 32},
     "Phi3": WINDOW,
     "Cohere2": WINDOW,
@@ -102,6 +105,14 @@ ENCODER_DECODERS: dict[str, dict[str, Any]] = {
     "UMT5": T5,
     "Bart": ENCODER_DECODER,
     "Marian": ENCODER_DECODER,
+}
+WHISPER: dict[str, Any] = {
+    **{name: value for name, value in ENCODER_DECODER.items() if name != "max_position_embeddings"},
+    "num_mel_bins": 8,
+    "max_source_positions": 20,
+    "max_target_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 IMAGES: dict[str, dict[str, Any]] = {
     "ViT": IMAGE,
@@ -214,6 +225,13 @@ def test_encoder_decoder(name: str) -> None:
     padding[0, 7:] = 0
     models.compare(lambda model: model(inputs, attention_mask=padding, decoder_input_ids=answers).logits)
     models.compare(lambda model: generated(model, inputs, padding, None))
+
+
+@pytest.mark.slow
+def test_speech() -> None:
+    models = Models("AutoModelForSpeechSeq2Seq", "Whisper", WHISPER)
+    sound, answers = torch.randn(2, 8, 40), tokens(6)
+    models.compare(lambda model: model(input_features=sound.to(model.dtype), decoder_input_ids=answers).logits)
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -413,7 +431,10 @@ def test_what_there_is_nothing_for_is_refused() -> None:
     arrays = torch.randn(3, 1, 2, 5, 8)
     with pytest.raises(NotImplementedError, match=r"nothing for blocks of keys .* but the model passed block_indices"):
         ours.attend(ModuleType("layer"), *arrays, None, block_indices=torch.zeros(1))
-    with torch.enable_grad(), pytest.raises(TypeError, match="query must not require gradients"):
+    with (
+        torch.enable_grad(),
+        pytest.raises(TypeError, match=r"no backward pass.*torch\.no_grad\(\).*set_attn_implementation\(\"sdpa\"\)"),
+    ):
         Models("AutoModelForCausalLM", "Llama", GROUPED).ours(tokens())
 
 
@@ -427,6 +448,21 @@ def test_names_and_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     config = transformers.LlamaConfig(**GROUPED)
     transformers.AutoModelForCausalLM.from_config(config, attn_implementation="by_formula")(tokens())
     assert seen["backend"] == "math"
+
+
+def test_a_model_is_switched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `set_attn_implementation`; and two models of one config share the name, as the how-to says."""
+    seen = spied(monkeypatch)
+    config = transformers.LlamaConfig(**GROUPED)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ours.NAME)
+    model(tokens())
+    assert seen.pop("window") == (None, 0)
+    model.set_attn_implementation("eager")
+    model(tokens())
+    assert "window" not in seen
+    transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ours.NAME)
+    model(tokens())
+    assert seen["window"] == (None, 0)
 
 
 def test_a_compiled_model() -> None:
