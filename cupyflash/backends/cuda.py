@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 from ..build.bulk import plan_of
@@ -119,9 +120,7 @@ def _why_no_cupy_arrays() -> str:
     return "it takes CuPy arrays only: pass cupy.asarray(…)"
 
 
-def _address(array: Any) -> int:
-    address: int = array.data.ptr
-    return address
+_address: Callable[[Any], int] = attrgetter("data.ptr")
 
 
 @lru_cache(maxsize=64)

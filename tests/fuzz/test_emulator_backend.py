@@ -48,7 +48,7 @@ def kernel_cases(draw: st.DrawFn) -> Case:
     return resized(case, seqlen_q, seqlen_k, *draw(st.sampled_from(HEAD_DIMS)))
 
 
-@examples(5)
+@examples(8)
 @given(case=kernel_cases(), options=OPTIONS)
 def test_any_call_that_the_kernels_run(case: Case, options: str) -> None:
     assert not KERNEL_BACKENDS["emulator"].refused_features(case)

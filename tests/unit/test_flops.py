@@ -151,7 +151,7 @@ def test_empty(
             ValueError,
             "value must have key's length 6 as its axis -2, but had shape (5, 8)",
         ),
-        (((2, 4, 8), (3, 6, 8)), {}, ValueError, "the leading axes of query (2, 4, 8), key (3, 6, 8)"),
+        (((2, 4, 8), (3, 6, 8)), {}, ValueError, "the leading axes of query (2, 4, 8) and key (3, 6, 8)"),
         (
             ((4, 4, 8), (3, 6, 8)),
             {"enable_gqa": True},
