@@ -32,7 +32,7 @@ try:
 except ImportError:  # Windows: renaming keeps entries whole, only the waiting for one another is lost
     fcntl = None  # type: ignore[assignment]
 
-from cupyflash.interrupts import settle_after
+from ..interrupts import settle_after
 
 __all__ = ["Cache", "default_cache", "default_folder", "digest"]
 

@@ -78,3 +78,34 @@ def test_lengths_never_jump(section):
 def test_without_an_upper_bound_head_by_head():
     found = items(False, 2, 3, 40, section=2)
     assert found == [(batch, head, tile, 0) for batch in range(2) for head in range(3) for tile in range(3)]
+
+
+ROUNDS = """
+#include "isa.cuh"
+struct Config {
+  static constexpr int kBlockM = 16;
+  static constexpr bool kHasUpper = false, kPacked = false;
+};
+#include "work.cuh"
+extern "C" __global__ void rounds(FwdParams params, u32* out) {
+  u32 round = 0;
+  for (Items items; items.are_left<Config, true>(params); items.advance(), ++round) {
+    if (isa::lane_index() == 0) isa::stg_4(out + round * isa::grid_size_x() + isa::block_index_x(), items.item());
+  }
+}
+"""
+
+
+@pytest.mark.parametrize(("grid", "total"), [(3, 12), (3, 10), (3, 3), (5, 3), (1, 4)])
+def test_every_other_round_of_a_block_goes_backwards(grid, total):
+    """So that blocks get about the same where lengths fall."""
+    params = np.zeros((), FWD_PARAMS)
+    for name, value in {"batch_size": 1, "num_heads_q": 1, "seqlen_q": BLOCK_M * total, "num_splits": 1}.items():
+        params[name] = value
+    num_rounds = -(-total // grid)
+    out = guarded_array((num_rounds, grid), np.int32, "out")
+    out[...] = -1
+    compiled(ROUNDS).get_function("rounds")((grid,), (32,), (params[()], out))
+    expected = np.arange(num_rounds * grid).reshape(num_rounds, grid)
+    expected[1::2] = expected[1::2, ::-1]
+    np.testing.assert_array_equal(out, np.where(expected < total, expected, -1))

@@ -44,6 +44,21 @@ def test_levels_add_up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert fourth[-1] == "cupyflash:   sm_80: 168 registers"
 
 
+@pytest.mark.usefixtures("cxx")
+def test_every_kernel_s_parameters_are_read_as_what_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUPYFLASH_DEBUG", "2")
+    ones, lse = np.ones((1, 2, 16, 64), np.float16), np.zeros((1, 2, 16), np.float32)
+    key = np.ones((1, 2, 300, 64), np.float16)
+    cupyflash.merge_attention([ones] * 3, [lse] * 3, backend="emulator")
+    assert {"cupyflash:   num_parts = 3", "cupyflash:   num_rows = 32"} < set(capsys.readouterr().err.splitlines())
+    cupyflash.attention(ones, key, key, np.ones((16, 300), bool), backend="emulator")
+    assert {"cupyflash:   num_columns = 300", "cupyflash:   seqlen_k = 300"} < set(capsys.readouterr().err.splitlines())
+    cupyflash.attention(ones, key, key, mask_mod=lambda b, h, q_idx, kv_idx: kv_idx < 200, backend="emulator")
+    assert {"cupyflash:   num_keys = 300", "cupyflash:   block_keys = 64"} < set(capsys.readouterr().err.splitlines())
+
+
 def test_resources_without_nvrtc_are_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     def raises(*_: object) -> None:
         raise cupyflash.Unsupported("kernels cannot be compiled: NVRTC is not installed")
