@@ -282,9 +282,9 @@ def read_step(code: Sequence[Instruction], spec: FwdSpec) -> Step:
     loops = loops_of(code, product)
     if not loops:
         raise RuntimeError(f"{spec}: no loop holds {product}")
-    is_plain = replace(spec.features, has_lower=False, has_upper=False, scale_first=False) == Features()
     ways = [
-        shortest_way(code, begin, end, product) if is_plain else list(code[begin : end + 1]) for begin, end in loops
+        shortest_way(code, begin, end, product) if is_plain(spec) else list(code[begin : end + 1])
+        for begin, end in loops
     ]
     if PRODUCTS[product] == "tensor":
         # A loop for tiles with a mask and one for the others: that which does the same with less.
@@ -305,6 +305,11 @@ def read_step(code: Sequence[Instruction], spec: FwdSpec) -> Step:
     if PRODUCTS[product] != "tensor":
         counted["xu"] = spec.tile.block_m * spec.tile.block_n / spec.tile.num_warps
     return Step(product, len(way) * scale, counted, shared * scale)
+
+
+def is_plain(spec: FwdSpec) -> bool:
+    """Whether nothing changes its scores or weights."""
+    return replace(spec.features, has_lower=False, has_upper=False, scale_first=False) == Features()
 
 
 def _count(way: Sequence[Instruction], name: str) -> int:
@@ -372,19 +377,45 @@ def limit_of(cycles: Mapping[str, float]) -> Limit:
 
 def tiles_of_keys(problem: Problem, spec: FwdSpec, pack: int) -> list[int]:
     """For each tile of queries of a head, or of heads that are packed, how many tiles of keys it visits."""
-    tile, lower, upper = spec.tile, problem.band.lower, problem.band.upper
+    tile, lower = spec.tile, problem.band.lower
     counts = []
     for first in range(0, problem.seqlen_q * pack, tile.block_m):
-        begin, end = first // pack, min(problem.seqlen_q, math.ceil((first + tile.block_m) / pack))
-        start = 0 if lower is None else max(0, begin + lower)
-        stop = problem.seqlen_k if upper is None else min(problem.seqlen_k, end + upper)
+        start = 0 if lower is None else max(0, first // pack + lower)
+        stop = _end_of_keys(problem, pack, first + tile.block_m)
         counts.append(max(0, math.ceil(stop / tile.block_n) - start // tile.block_n))
     return counts
 
 
-def in_order(per_tile: Sequence[int], heads: int, section: int) -> list[int]:
+def tiles_multiplied(problem: Problem, spec: FwdSpec, pack: int) -> list[float]:
+    """`tiles_of_keys`, less what warpgroups leave out where the keys of their own rows end: tiles, and a half."""
+    visited = tiles_of_keys(problem, spec, pack)
+    if spec.family != "fwd_sm90" or not spec.features.has_upper or not is_plain(spec):
+        return [float(count) for count in visited]
+    tile = spec.tile
+    half = 16 * math.ceil(tile.block_n / 32)
+    multiplied = []
+    for number, count in enumerate(visited):
+        last_row = (number + 1) * tile.block_m
+        end = math.ceil(_end_of_keys(problem, pack, last_row) / tile.block_n)
+        left_out = []
+        for row in range(last_row, last_row - tile.block_m, -WGMMA_ROWS):
+            stop = _end_of_keys(problem, pack, row)
+            own = math.ceil(stop / tile.block_n)
+            needs_half = stop <= (own - 1) * tile.block_n + half
+            left_out.append(min(count, end - own + needs_half * (1 - half / tile.block_n)))
+        multiplied.append(count - sum(left_out) / len(left_out))
+    return multiplied
+
+
+def _end_of_keys(problem: Problem, pack: int, row: int) -> int:
+    """Of the rows before that one."""
+    end = min(problem.seqlen_q, math.ceil(row / pack))
+    return problem.seqlen_k if problem.band.upper is None else max(0, min(problem.seqlen_k, end + problem.band.upper))
+
+
+def in_order(per_tile: Sequence[float], heads: int, section: int) -> list[float]:
     """The tiles of keys of every tile of queries, in the order of FwdWork::of_tile with an upper bound."""
-    found: list[int] = []
+    found: list[float] = []
     firsts = range(0, heads, section)
     for first in firsts:
         begins_with_longest = (firsts[-1] - first) // section % 2 == 0
@@ -393,12 +424,12 @@ def in_order(per_tile: Sequence[int], heads: int, section: int) -> list[int]:
     return found
 
 
-def longest_sm(items: Sequence[int], sms: int, blocks: int | None = None) -> int:
+def longest_sm(items: Sequence[float], sms: int, blocks: int | None = None) -> float:
     """The most tiles of keys that an SM gets, if each item in turn goes to the SM that has the fewest.
 
     With so many blocks for all of them, if each takes those that Items (kernels_cu/work.cuh) says.
     """
-    loads = [0] * min(sms, max(1, len(items)))
+    loads = [0.0] * min(sms, max(1, len(items)))
     for number, item in enumerate(items):
         if blocks is None:
             heapq.heapreplace(loads, loads[0] + item)
@@ -437,12 +468,14 @@ def predict(problem: Problem, plan: Plan, device: DeviceSpec, rates: Rates) -> P
     cycles = cycles_of(spec, step_of(spec, arch_for(spec, device)), rates)
     limit = limit_of(cycles)
 
-    per_tile = tiles_of_keys(problem, spec, plan.pack)
+    visited = tiles_of_keys(problem, spec, plan.pack)
     heads = problem.batch_size * problem.num_heads_q // plan.pack
-    tiles = in_order(per_tile, heads, plan.section) if spec.features.has_upper else per_tile * heads
-    items = [math.ceil(count / plan.num_splits) for count in tiles for _ in range(plan.num_splits)]
+    per_item = visited if plan.num_splits > 1 else tiles_multiplied(problem, spec, plan.pack)
+    tiles = in_order(per_item, heads, plan.section) if spec.features.has_upper else per_item * heads
+    if plan.num_splits > 1:
+        tiles = [math.ceil(count / plan.num_splits) for count in tiles for _ in range(plan.num_splits)]
     forward = plan.launches[0]
-    steps = longest_sm(items, device.sms, forward.grid[0] if forward.items else None)
+    steps = longest_sm(tiles, device.sms, forward.grid[0] if forward.items else None)
 
     itemsize = dtype_named(spec.dtype).storage.itemsize
     dims = problem.head_dim + problem.head_dim_v
@@ -450,7 +483,8 @@ def predict(problem: Problem, plan: Plan, device: DeviceSpec, rates: Rates) -> P
     keys = problem.batch_size * problem.seqlen_k
     kept = keys * (problem.num_heads_k * problem.head_dim + problem.num_heads_v * problem.head_dim_v) * itemsize
     partial = 2 * plan.num_splits * rows * problem.head_dim_v * 4 if plan.num_splits > 1 else 0
-    delivered = sum(items) * spec.tile.block_n * dims * itemsize + rows * dims * itemsize + partial
+    copied = heads * plan.num_splits * sum(math.ceil(count / plan.num_splits) for count in visited)
+    delivered = copied * spec.tile.block_n * dims * itemsize + rows * dims * itemsize + partial
     hertz = rates.clock * 1e9
     times = {pipe: steps * number / hertz for pipe, number in cycles.items()}
     times["L2"] = delivered / (rates.l2 * device.sms * hertz)

@@ -107,7 +107,7 @@ def explain(*args: Any, device: str | DeviceSpec | None = None, **kwargs: Any) -
       cupy float16 batch (1,) heads 8/8/8 L=2048 S=2048 E=64 Ev=64
       scale=0.125, keys j with j - i <= 0
     launches
-      fwd_sm90-f16-d64-m128n128w12qs2-causal: 128 blocks of 384 threads, 80.09 KiB of shared memory each
+      fwd_sm90-f16-d64-m128n128w12qs2e8-causal: 128 blocks of 384 threads, 80.09 KiB of shared memory each
     ...
     copies
       key: rows are not contiguous: 4 bytes between elements of 2; 2 MiB

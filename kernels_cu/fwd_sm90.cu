@@ -20,18 +20,20 @@
 //     the rest                       | max, exp, sum of S(j)  | O's rescaling, P(j) packed
 //
 // O is rescaled only where some row's maximum has grown by much (softmax.cuh). As compiled, a whole tile of 128 keys
-// takes a warp 465 instructions at head dim 128, 401 if O is not rescaled, and all its exponentials stand where the
-// picture has them: tests/compile/test_hopper.py.
+// takes a warp 465 instructions at head dim 128, 401 if O is not rescaled; 475 and 411 with a causal mask. All its
+// exponentials stand where the picture has them: tests/compile/test_hopper.py.
 //
 // With kOverlap off (what changes scores takes the registers that overlapping does) both products are waited for before
 // the scores are touched, and warpgroups alone overlap with one another.
 //
-// Left out: of the last 128 keys under the diagonal the upper warpgroup needs half, and is given all. That is a quarter
-// of one tile in 8.5 at 2048 keys, at most 3 % of a causal pass, and 1.5 % at 4096. At head dim 128 it takes a further
-// kind of step, with products of half the size; at 256, where it is a whole tile, skipping it costs the loop nothing,
-// but a tile that nobody reads has to be waited for and given back in its turn all the same. At head dim 64 one in nine
-// exponentials on the units that multiply would be 3 % if everything overlaps, 6 % if products and softmax take turns
-// (counted, not measured), for six more instructions each and errors of 2^-13; elsewhere they are not the limit.
+// Under the diagonal the first of two warpgroups needs half as many of the last 128 keys as the second one, or none of
+// the last 64. With kTrims a warpgroup skips the tiles that its rows do not need, and of the first that they do it takes
+// half where that is enough; P of half a tile makes its product with V half as long, so the first two kinds of steps
+// are there twice. In turn, counted and not measured: 3 % at 2048 keys, 1.6 % at 4096.
+//
+// At head dim 64 the exponentials take longer than the products: kExp2ByFma says of how many one is computed with
+// multiply-adds (softmax.cuh), ten instructions in place of one. Of eight: 3 % if everything overlaps, 6 % if products
+// and softmax take turns, counted and not measured. Elsewhere they are not the limit.
 //
 // With kPingPong warpgroups take turns at starting their products, so that one's products come together while another's
 // softmax runs. FlashAttention-3 has lost by it where a warpgroup overlaps with itself: up to 4 % on an H200 at 128.
@@ -69,6 +71,9 @@
 //     O is there, V(j-1) read  the warpgroup       wgmma_wait<0>                  rescaling o_frag, overwriting p_frag;
 //                                                                                 giving V's stage back; staging O
 //     V(j-1) read by all       the copying warp    mbarrier v_empty of the stage  overwriting v_smem
+//     K(j), V(j) arrived, and  the warpgroup       mbarriers k_full and v_full    giving back what is not filled; and no
+//     are skipped                                  of the stage, barrier          warp may miss a phase: parity cannot
+//                                                                                 tell it from the one after the next
 //     turn to start products   the warpgroup       barrier of the warpgroup       nothing: it saves time (kPingPong)
 //     O staged                 the warp's lanes    fence_proxy_async, sync_warp   copying o_smem out, by map
 //     O read                   the copying lane    bulk_wait_read                 asking for Q, staging the next O, the
@@ -88,11 +93,14 @@ struct Traits {
   static constexpr int kConsumers = Config::kBlockM / 64;  // warpgroups that compute
   static constexpr int kNumThreads = 32 * Config::kNumWarps;
   static constexpr int kStages = Config::kStages;
-  static constexpr int kScoreTiles = Config::kBlockN / 8;
+  static constexpr int kAllKeys = Config::kBlockN;
+  static constexpr int kHalfTheKeys = (Config::kBlockN / 2 + 15) / 16 * 16;
   static constexpr int kOutTiles = Config::kHeadDimV / 8;
   static constexpr bool kChangesScores = ScoreFeatures<Config>::kAny;
   static constexpr bool kOverlap = !kChangesScores && !Config::kDropout;
+  static constexpr int kOneByFma = kOverlap ? Config::kExp2ByFma : 0;  // elsewhere other instructions are the limit
   static constexpr bool kPingPong = Config::kPingPong && kConsumers > 1;
+  static constexpr bool kTrims = kOverlap && Config::kHasUpper;
   static constexpr bool kPersists = kOverlap && !Config::kPacked;
   using QTile = PanelTile<64, Config::kHeadDim>;
   using KTile = PanelTile<Config::kBlockN, Config::kHeadDim>;
@@ -312,7 +320,8 @@ struct Forward {
   }
 
   // S = Q K(j)^T
-  __device__ __forceinline__ void start_scores(float (&s_frag)[Traits::kScoreTiles][4]) {
+  template <int kScoreTiles>
+  __device__ __forceinline__ void start_scores(float (&s_frag)[kScoreTiles][4]) {
     isa::mbarrier_wait(SharedStorage::k_full(stage.index), stage.parity);
     isa::wgmma_fence();
     const u64 k = Traits::KTile::nth(Traits::KTile::operand(SharedStorage::k(0)), stage.index);
@@ -321,10 +330,11 @@ struct Forward {
   }
 
   // O += P(j-1) V(j-1)
+  template <int kKeys>
   __device__ __forceinline__ void start_out() {
     isa::mbarrier_wait(SharedStorage::v_full(last_stage.index), last_stage.parity);
     const u64 v = Traits::VTile::nth(Traits::VTile::operand_trans(SharedStorage::v(0)), last_stage.index);
-    start_p_v<Config, Traits::VTile>(o_frag, p_frag, v);
+    start_p_v<Config, Traits::VTile, kKeys>(o_frag, p_frag, v);
     isa::wgmma_commit();
   }
 
@@ -347,8 +357,9 @@ struct Forward {
   }
 
   // From Q K^T to P, not yet packed.
-  __device__ __forceinline__ void weigh(float (&s_frag)[Traits::kScoreTiles][4], float (&correction)[2], int tile,
-                                        bool is_full, bool is_whole) {
+  template <int kScoreTiles>
+  __device__ __forceinline__ void weigh(float (&s_frag)[kScoreTiles][4], float (&correction)[2], int tile, bool is_full,
+                                        bool is_whole) {
     const int first_key = tile * Config::kBlockN;
     if constexpr (Config::kScaleFirst) scale_scores(s_frag, static_cast<float>(params.scale));
     if constexpr (Traits::kChangesScores) {
@@ -357,7 +368,7 @@ struct Forward {
       }
     }
     if (!is_full) mask_scores<Config>(s_frag, params, row, first_key);
-    next_weights<Config::kScaleFirst, true>(s_frag, state, correction, scale_log2);
+    next_weights<Config::kScaleFirst, true, Traits::kOneByFma>(s_frag, state, correction, scale_log2);
     if constexpr (Config::kDropout) drop_weights<Config>(s_frag, params, work, row, first_key);
   }
 
@@ -367,8 +378,10 @@ struct Forward {
     if (isa::any(state.row_sum[0] + state.row_sum[1] == -1.0f)) isa::nanosleep(1);
   }
 
+  // The first tile, or the first kKeys keys of it.
+  template <int kKeys>
   __device__ __forceinline__ void first_step(int tile, bool is_full, bool is_whole) {
-    float s_frag[Traits::kScoreTiles][4];
+    float s_frag[kKeys / 8][4];
     start_scores(s_frag);
     isa::wgmma_wait<0>();
     give_back(SharedStorage::k_empty(stage.index));
@@ -378,13 +391,24 @@ struct Forward {
     next_stage();
   }
 
-  // One tile of keys, and the values of the one before. is_full: all keys take part for all rows, but for the bool mask
-  // and mask_mod; is_whole: those remove none of them.
+  // A tile of which no key takes part for the warpgroup's rows. Others read it, and it is given back by all.
+  __device__ __forceinline__ void skip_step() {
+    isa::mbarrier_wait(SharedStorage::k_full(stage.index), stage.parity);  // skipped
+    isa::mbarrier_wait(SharedStorage::v_full(stage.index), stage.parity);  // skipped
+    isa::barrier_sync(1 + consumer, 128);                                  // skipped
+    give_back(SharedStorage::k_empty(stage.index));
+    give_back(SharedStorage::v_empty(stage.index));
+    next_stage();
+  }
+
+  // One tile of keys, and the values of the one before, of its first kKeys keys. is_full: all keys take part for all
+  // rows, but for the bool mask and mask_mod; is_whole: those remove none of them.
+  template <int kKeys>
   __device__ __forceinline__ void kv_step(int tile, bool is_full, bool is_whole) {
-    float s_frag[Traits::kScoreTiles][4];
+    float s_frag[Traits::kAllKeys / 8][4];
     await_turn();
     start_scores(s_frag);
-    start_out();
+    start_out<kKeys>();
     pass_turn();
     isa::wgmma_wait<Traits::kOverlap ? 1 : 0>();
     give_back(SharedStorage::k_empty(stage.index));
@@ -400,33 +424,60 @@ struct Forward {
     next_stage();
   }
 
+  template <int kKeys>
   __device__ __forceinline__ void last_step() {
     isa::wgmma_fence();
-    start_out();
+    start_out<kKeys>();
     isa::wgmma_wait<0>();
     give_back(SharedStorage::v_empty(last_stage.index));
   }
 
+  // From this key on none takes part for any of the warpgroup's rows.
+  __device__ __forceinline__ int end_of_keys() const {
+    const int last_row = at_most(work.row_begin + 64 * consumer + 63, FwdWork::num_rows<Config>(params) - 1);
+    return key_end<Config>(params, FwdWork::query_of<Config>(params, last_row));
+  }
+
   // Tiles to the right that the mask cuts, those that it leaves whole, those to the left that it cuts. Only with an
-  // upper bound is any but the first of them cut on the right: by the end of the keys.
+  // upper bound is any but the first of them cut on the right: by the end of the keys. Of half a tile's weights the
+  // second step, or the last, makes half a product.
   __device__ __forceinline__ void compute(KeyWalk walk) {
     if (walk.is_over()) return;
     const KeyTiles tiles = walk.tiles;
     receive_q();
-    first_step(walk.tile, tiles.full_begin <= walk.tile && walk.tile < tiles.full_end, walk.marks.of(walk.tile) == 2);
-    walk.advance();
-    if constexpr (Traits::kChangesScores) {
-      for (; !walk.is_over(); walk.advance()) kv_step(walk.tile, false, walk.marks.of(walk.tile) == 2);
-    } else {
-      if constexpr (Config::kHasUpper) {
-        for (; walk.is_at_least(tiles.full_end); walk.advance()) kv_step(walk.tile, false, true);
+    bool has_begun = false;
+    if constexpr (Traits::kTrims) {
+      const int end = end_of_keys();
+      if constexpr (!Traits::kPingPong) {  // turns are taken for every tile
+        for (; !walk.is_over() && end <= walk.tile * Config::kBlockN; walk.advance()) skip_step();
+        if (walk.is_over()) return;
       }
-      for (; walk.is_at_least(tiles.full_begin); walk.advance()) kv_step(walk.tile, true, true);
-      if constexpr (Config::kHasLower) {
-        for (; !walk.is_over(); walk.advance()) kv_step(walk.tile, false, true);
+      has_begun = end <= walk.tile * Config::kBlockN + Traits::kHalfTheKeys;
+      if (has_begun) {
+        first_step<Traits::kHalfTheKeys>(walk.tile, false, true);
+        walk.advance();
+        if (walk.is_over()) return last_step<Traits::kHalfTheKeys>();
+        kv_step<Traits::kHalfTheKeys>(walk.tile, false, true);
       }
     }
-    last_step();
+    if (!has_begun) {
+      first_step<Traits::kAllKeys>(walk.tile, tiles.full_begin <= walk.tile && walk.tile < tiles.full_end,
+                                   walk.marks.of(walk.tile) == 2);
+    }
+    walk.advance();
+    if constexpr (Traits::kChangesScores) {
+      for (; !walk.is_over(); walk.advance())
+        kv_step<Traits::kAllKeys>(walk.tile, false, walk.marks.of(walk.tile) == 2);
+    } else {
+      if constexpr (Config::kHasUpper) {
+        for (; walk.is_at_least(tiles.full_end); walk.advance()) kv_step<Traits::kAllKeys>(walk.tile, false, true);
+      }
+      for (; walk.is_at_least(tiles.full_begin); walk.advance()) kv_step<Traits::kAllKeys>(walk.tile, true, true);
+      if constexpr (Config::kHasLower) {
+        for (; !walk.is_over(); walk.advance()) kv_step<Traits::kAllKeys>(walk.tile, false, true);
+      }
+    }
+    last_step<Traits::kAllKeys>();
   }
 
   __device__ __forceinline__ void finish(int item, const TensorMap& out_map) {

@@ -64,6 +64,13 @@ __device__ __forceinline__ float ex2(float x) {
   return result;
 }
 
+// The larger one, or NaN where one of them is; fmaxf gives the other one then. Since sm_80.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
 // Round to nearest even. The instruction names the upper element first.
 __device__ __forceinline__ u32 pack_f16x2(float lower, float upper) {
   u32 packed;

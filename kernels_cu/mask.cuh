@@ -30,45 +30,47 @@ struct KeyTiles {
   }
 };
 
+// From this key on none takes part for a query; it may be less than 0.
+template <class Config>
+__device__ __forceinline__ int key_end(const FwdParams& params, int query) {
+  if constexpr (Config::kHasUpper) return at_most(params.seqlen_k, query + params.upper + 1);
+  return params.seqlen_k;
+}
+
 template <class Config>
 __device__ __forceinline__ KeyTiles key_tiles(const FwdParams& params, const FwdWork& work) {
   constexpr int kN = Config::kBlockN;
   const int row_end = at_most(work.row_begin + Config::kBlockM, FwdWork::num_rows<Config>(params));
   const int first_query = FwdWork::query_of<Config>(params, work.row_begin);
   const int last_query = FwdWork::query_of<Config>(params, row_end - 1);
-  int key_begin = 0;
-  int key_end = params.seqlen_k;
+  const int end = at_least(key_end<Config>(params, last_query), 0);
+  const int full_end = at_least(key_end<Config>(params, first_query), 0);
+  int begin = 0;
   int full_begin = 0;
-  int full_end = params.seqlen_k;
-  if constexpr (Config::kHasUpper) {
-    key_end = at_least(at_most(key_end, last_query + params.upper + 1), 0);
-    full_end = at_least(at_most(full_end, first_query + params.upper + 1), 0);
-  }
   if constexpr (Config::kHasLower) {
-    key_begin = at_least(first_query + params.lower, 0);
+    begin = at_least(first_query + params.lower, 0);
     full_begin = at_least(last_query + params.lower, 0);
   }
-  if (key_begin >= key_end) return {0, 0, 0, 0};
-  return {key_begin / kN, (key_end + kN - 1) / kN, (full_begin + kN - 1) / kN, full_end / kN};
+  if (begin >= end) return {0, 0, 0, 0};
+  return {begin / kN, (end + kN - 1) / kN, (full_begin + kN - 1) / kN, full_end / kN};
 }
 
 // Sets the scores of keys that do not take part to -inf. first_row and first_key are those of s_frag's
 // element (0, 0). Each of a lane's two rows has, by its query, a first key and an end, counted from the lane's first
 // column, so that an element's test compares two registers with a constant.
-template <class Config>
-__device__ __forceinline__ void mask_scores(float (&s_frag)[Config::kBlockN / 8][4], const FwdParams& params,
-                                            int first_row, int first_key) {
+template <class Config, int kScoreTiles>
+__device__ __forceinline__ void mask_scores(float (&s_frag)[kScoreTiles][4], const FwdParams& params, int first_row,
+                                            int first_key) {
   const int lane = isa::lane_index();
   const int first_column = first_key + acc_column(lane, 0);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int query = FwdWork::query_of<Config>(params, first_row + acc_row(lane, 2 * half));
+    const int end = key_end<Config>(params, query);
     int begin = 0;
-    int end = params.seqlen_k;
     if constexpr (Config::kHasLower) begin = query + params.lower;
-    if constexpr (Config::kHasUpper) end = at_most(end, query + params.upper + 1);
 #pragma unroll
-    for (int n = 0; n < Config::kBlockN / 8; ++n) {
+    for (int n = 0; n < kScoreTiles; ++n) {
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
         const int column = 8 * n + i % 2;

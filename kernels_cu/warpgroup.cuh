@@ -116,9 +116,9 @@ __device__ __forceinline__ float (&accumulators(float (&frag)[kTiles][4]))[4 * k
   return reinterpret_cast<float (&)[4 * kTiles]>(frag);
 }
 
-// S = Q K^T  [64, kBlockN]: issued, to be committed and waited for.
-template <class Config, class QTile, class KTile>
-__device__ __forceinline__ void start_q_k(float (&s_frag)[Config::kBlockN / 8][4], u64 q, u64 k) {
+// S = Q K^T  [64, 8 kScoreTiles]: issued, to be committed and waited for.
+template <class Config, class QTile, class KTile, int kScoreTiles>
+__device__ __forceinline__ void start_q_k(float (&s_frag)[kScoreTiles][4], u64 q, u64 k) {
 #pragma unroll
   for (int kk = 0; kk < Config::kHeadDim / 16; ++kk) {
     isa::wgmma_ss<0, 0>(typename Config::Element(), accumulators(s_frag), q + QTile::operand_step(kk),
@@ -126,12 +126,13 @@ __device__ __forceinline__ void start_q_k(float (&s_frag)[Config::kBlockN / 8][4
   }
 }
 
-// O += P V  [64, kHeadDimV]: issued, to be committed and waited for; until then P stays as it is.
-template <class Config, class VTile>
+// O += P V  [64, kHeadDimV], over a tile's first kKeys keys: issued, to be committed and waited for; until then P stays
+// as it is.
+template <class Config, class VTile, int kKeys>
 __device__ __forceinline__ void start_p_v(float (&o_frag)[Config::kHeadDimV / 8][4],
                                           const u32 (&p_frag)[Config::kBlockN / 16][4], u64 v) {
 #pragma unroll
-  for (int kk = 0; kk < Config::kBlockN / 16; ++kk) {
+  for (int kk = 0; kk < kKeys / 16; ++kk) {
     isa::wgmma_rs<1>(typename Config::Element(), accumulators(o_frag), p_frag[kk], v + VTile::operand_trans_step(kk),
                      true);
   }
@@ -166,12 +167,12 @@ __device__ __forceinline__ void store_out_panels(const TensorMap& map, const Bul
   }
 }
 
-// P, rounded to the elements' format, as the left operand: its accumulators, packed.
-template <class Config>
+// P, rounded to the elements' format, as the left operand: its accumulators, packed; the first of them if there are more.
+template <class Config, int kScoreTiles>
 __device__ __forceinline__ void pack_weights(u32 (&p_frag)[Config::kBlockN / 16][4],
-                                             const float (&s_frag)[Config::kBlockN / 8][4]) {
+                                             const float (&s_frag)[kScoreTiles][4]) {
 #pragma unroll
-  for (int kk = 0; kk < Config::kBlockN / 16; ++kk) {
+  for (int kk = 0; kk < kScoreTiles / 2; ++kk) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float (&pair)[4] = s_frag[2 * kk + i / 2];

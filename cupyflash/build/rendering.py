@@ -116,6 +116,7 @@ def _constants(spec: KernelSpec) -> dict[str, ConfigValue]:
         "kQInRegisters": spec.tile.q_in_registers,
         "kStages": spec.tile.stages,
         "kPingPong": spec.tile.ping_pong,
+        "kExp2ByFma": spec.tile.exp2_by_fma,
         "kScaleFirst": features.scale_first,
         "kPacked": spec.packed,
     }

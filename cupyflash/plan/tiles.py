@@ -6,7 +6,7 @@ None of them has been timed on a GPU.  They follow from counting: see the commen
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..hashing import hash_once
 from .device import DeviceSpec
@@ -21,7 +21,8 @@ class TileConfig:
 
     Without `q_in_registers` a block reads its queries from shared memory again for every tile of keys.  `stages` is how
     many tiles of keys, and as many of values, are under way or in use at once, for kernels that leave it open; with
-    `ping_pong` their warpgroups take turns at starting products.
+    `ping_pong` their warpgroups take turns at starting products, and one in `exp2_by_fma` exponentials is computed with
+    multiply-adds, if that is not 0 and nothing changes the scores.
     """
 
     block_m: int
@@ -30,9 +31,11 @@ class TileConfig:
     q_in_registers: bool = True
     stages: int = 0
     ping_pong: bool = False
+    exp2_by_fma: int = 0
 
     def __str__(self) -> str:
         ring = (f"s{self.stages}" if self.stages else "") + "p" * self.ping_pong
+        ring += f"e{self.exp2_by_fma}" if self.exp2_by_fma else ""
         return f"m{self.block_m}n{self.block_n}w{self.num_warps}{'' if self.q_in_registers else 'q'}{ring}"
 
 
@@ -197,9 +200,10 @@ _TINY_Q = TileConfig(64, 16, 4, q_in_registers=False)
 
 _HALF = ("float16", "bfloat16")
 
-# On Hopper two warpgroups of 64 rows each, and a ring of two tiles of 128, 112 or 64 keys.
+# On Hopper two warpgroups of 64 rows each, and a ring of two tiles of 128, 112 or 64 keys.  At head dim 64 exponentials
+# take longer than the products: one in eight is computed with multiply-adds.  What stands behind these is for `tune`.
 _HOPPER, _HOPPER_192, _HOPPER_256 = (TileConfig(128, n, 12, q_in_registers=False, stages=2) for n in (128, 112, 64))
-
+_HOPPER_64, _HOPPER_IN_TURNS = replace(_HOPPER, exp2_by_fma=8), replace(_HOPPER, ping_pong=True)
 
 # A thread has 4 x 4 scores; of double 4 x 2, for P would otherwise take twice the shared memory.
 _SINGLE, _DOUBLE = TileConfig(64, 64, 8), TileConfig(64, 32, 8)
@@ -208,9 +212,9 @@ _SINGLE, _DOUBLE = TileConfig(64, 64, 8), TileConfig(64, 32, 8)
 TILES: tuple[TileRow, ...] = (
     # 80, 120, 160, 216, 208 and 192 KiB: one block per SM.  A thread that computes has 240 registers for head_dim_v / 2
     # accumulators of O, block_n / 2 of S, block_n / 4 of P, and what changes scores: too few for 80 keys at 256.
-    TileRow("fwd_sm90", _HALF, 64, 64, (9, 0), (_HOPPER,)),
+    TileRow("fwd_sm90", _HALF, 64, 64, (9, 0), (_HOPPER_64, _HOPPER)),
     TileRow("fwd_sm90", _HALF, 96, 96, (9, 0), (_HOPPER,)),
-    TileRow("fwd_sm90", _HALF, 128, 128, (9, 0), (_HOPPER,)),
+    TileRow("fwd_sm90", _HALF, 128, 128, (9, 0), (_HOPPER, _HOPPER_IN_TURNS)),
     TileRow("fwd_sm90", _HALF, 192, 192, (9, 0), (_HOPPER_192,)),
     TileRow("fwd_sm90", _HALF, 192, 128, (9, 0), (_HOPPER,)),
     TileRow("fwd_sm90", _HALF, 256, 256, (9, 0), (_HOPPER_256,)),

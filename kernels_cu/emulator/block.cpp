@@ -65,13 +65,15 @@ Thread* take_lane(Block& block, Warp& warp) {
 
 Thread* pick(Block& block) {
   if (block.launch->stopped.load(std::memory_order_relaxed)) return nullptr;
-  if (!block.loads.empty() && block.launch->options.schedule != Schedule::kFifo &&
-      block.random.below(kLandOneIn) == 0) {
-    land_bulk_load(block, block.random.below(static_cast<std::uint32_t>(block.loads.size())));
-  }
+  const Schedule schedule = block.launch->options.schedule;
+  const auto land_one = [&block, schedule] {
+    const auto count = static_cast<std::uint32_t>(block.loads.size());
+    land_bulk_load(block, schedule == Schedule::kFifo ? 0 : block.random.below(count));
+  };
+  if (!block.loads.empty() && schedule == Schedule::kRandom && block.random.below(kLandOneIn) == 0) land_one();
   int w = pick_warp(block);
   while (w < 0 && !block.loads.empty()) {
-    land_bulk_load(block, 0);
+    land_one();
     w = pick_warp(block);
   }
   if (w < 0) return nullptr;

@@ -95,6 +95,7 @@ inline double bits_double(uint2 bits) {
 inline float mul_rn(float a, float b) { return a * b; }
 inline double mul_rn(double a, double b) { return a * b; }
 inline float ex2(float x) { return emulator::ex2_approx_ftz(x); }
+inline float max_nan(float a, float b) { return emulator::max_nan(a, b); }
 inline u32 pack_f16x2(float lower, float upper) {
   return emulator::f16_from_float(lower) | static_cast<u32>(emulator::f16_from_float(upper)) << 16;
 }

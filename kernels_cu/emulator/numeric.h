@@ -93,4 +93,11 @@ inline float ex2_approx_ftz(float x) {
   return result < 0x1p-126f ? 0.0f : result;
 }
 
+// max.NaN.f32. NaNs become the canonical 0x7fffffff, and -0 is less than +0.
+inline float max_nan(float a, float b) {
+  if (a != a || b != b) return float_of(0x7fffffff);
+  if (a == b) return float_of(bits_of(a) & bits_of(b));  // they differ as zeros alone
+  return a < b ? b : a;
+}
+
 }  // namespace emulator

@@ -50,12 +50,16 @@ def _tensor_core_faults(spec: FwdSpec, found: Resources) -> Iterator[str]:
 def _warpgroup_faults(spec: FwdSpec, found: Resources) -> Iterator[str]:
     """Q Kᵀ before the first step, P V after the last; both in every kind of step: whole, cut on the right, on the left.
 
-    Where scores are changed there is one kind, which always applies the mask.
+    Where scores are changed there is one kind, which always applies the mask.  Else, with an upper bound, the first two
+    steps are there once more, for a tile of which half the keys are needed, and so is a last P V for it alone.
     """
     tile, features = spec.tile, spec.features
     changed = bool(features.float_mask or features.bool_mask or features.changed or features.mods)
     steps = 2 if changed else 2 + features.has_lower + features.has_upper
     products = steps * (spec.head_dim // 16 + tile.block_n // 16)
+    if features.has_upper and not changed and not features.dropout:
+        half_the_keys = -(-tile.block_n // 2 // 16)
+        products += 2 * (spec.head_dim // 16 + half_the_keys)
     # Of panels: Q for each warpgroup that computes, K, V.
     panels_q, panels_v = (dim // (64 if dim % 64 == 0 else 32) for dim in (spec.head_dim, spec.head_dim_v))
     loads = (0 if spec.packed else tile.block_m // 64 * panels_q) + panels_q + panels_v

@@ -87,8 +87,8 @@ def steps_of(spec: FwdSpec, require: Require, folder: Path) -> list[Loop]:
     return [loop for loop in innermost_loops(run.stdout) if loop.count("HGMMA") > 1]
 
 
-def spec_of(head_dim: int, block_m: int, block_n: int, **features: bool) -> FwdSpec:
-    tile = TileConfig(block_m, block_n, block_m // 16 + 4, False, 2)
+def spec_of(head_dim: int, block_m: int, block_n: int, exp2_by_fma: int = 0, **features: bool) -> FwdSpec:
+    tile = TileConfig(block_m, block_n, block_m // 16 + 4, False, 2, exp2_by_fma=exp2_by_fma)
     return FwdSpec("fwd_sm90", "bfloat16", head_dim, head_dim, tile, Features(**features), baseline=90)
 
 
@@ -97,6 +97,7 @@ def spec_of(head_dim: int, block_m: int, block_n: int, **features: bool) -> FwdS
     ("spec", "kinds"),
     [
         (spec_of(64, 128, 128), 1),
+        (spec_of(64, 128, 128, exp2_by_fma=8), 1),
         (spec_of(64, 192, 128), 1),
         (spec_of(128, 128, 128), 1),
         (spec_of(128, 128, 176), 1),
@@ -110,16 +111,21 @@ def test_exponentials_stand_between_the_waits(spec: FwdSpec, kinds: int, require
     steps = steps_of(spec, require, tmp_path)
     assert len(steps) == kinds
     for step in steps:
-        exponentials = spec.tile.block_n // 2 + 2  # of a thread's scores, and of two corrections
+        scores = spec.tile.block_n // 2  # of a thread
+        by_fma = scores // spec.tile.exp2_by_fma if spec.tile.exp2_by_fma else 0
+        exponentials = scores - by_fma + 2  # and of two corrections
+        assert step.count(r"FMNMX\.NAN") == by_fma
+        assert step.between_waits(r"FMNMX\.NAN") == by_fma
         assert step.count(r"MUFU\.EX2") == exponentials
         assert step.between_waits(r"MUFU\.EX2") >= 0.95 * exponentials
         assert step.count("HGMMA") == spec.head_dim // 16 + spec.tile.block_n // 16
 
 
 @pytest.mark.usefixtures("nvrtc")
-def test_instructions_of_a_whole_tile(require: Require, tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_upper", [False, True])
+def test_instructions_of_a_whole_tile(has_upper: bool, require: Require, tmp_path: Path) -> None:
     """cuDNN's open kernel has 573 at these sizes; the softmax alone takes about 330."""
-    (step,) = steps_of(spec_of(128, 128, 128), require, tmp_path)
+    step = steps_of(spec_of(128, 128, 128, has_upper=has_upper), require, tmp_path)[-1]
     assert len(step.code) <= 480
     assert step.count(r"\bFMUL\b") >= 64
     assert len(step.code) - 64 <= 420  # where no row's maximum has grown by much, O is not multiplied

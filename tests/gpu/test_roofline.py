@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -138,6 +139,23 @@ def test_tiles_of_keys(roofline: ModuleType, options: dict[str, Any], align: int
         keys = np.flatnonzero(visible[queries].any(axis=0))
         expected.append(keys[-1] // 48 - keys[0] // 48 + 1 if keys.size else 0)
     assert roofline.tiles_of_keys(problem, spec, pack) == expected
+
+
+@pytest.mark.parametrize("block_n", [48, 64, 128])
+@pytest.mark.parametrize("align", [0, 33, -70])
+def test_what_warpgroups_leave_out(roofline: ModuleType, block_n: int, align: int) -> None:
+    """Half tile by half tile, from each warpgroup's last row: above it nothing is multiplied."""
+    problem = asked(query=(1, 384, 64), key=(1, 333, 64), is_causal=True, align=align)
+    spec = replace(wgmma_spec(64, 128, block_n), family="fwd_sm90")
+    causal = replace(spec, features=Features(has_upper=True))
+    half = {48: 32, 64: 32, 128: 64}[block_n]
+    expected = []
+    for first in range(0, 384, 128):
+        ends = [min(333, max(0, first + row + align)) for row in (64, 128)]
+        taken = [sum(half / block_n if end <= key + half else 1.0 for key in range(0, end, block_n)) for end in ends]
+        expected.append(sum(taken) / 2)
+    np.testing.assert_allclose(roofline.tiles_multiplied(problem, causal, 1), expected)
+    assert roofline.tiles_multiplied(problem, spec, 1) == roofline.tiles_of_keys(problem, spec, 1)
 
 
 def test_blocks_are_dealt_out(roofline: ModuleType) -> None:

@@ -274,6 +274,13 @@ def _convert(rng: np.random.Generator) -> dict[str, Probe]:
     }
 
 
+def _max() -> Probe:
+    """Each of these with itself, and with the first, the second and the third one beside it."""
+    special = np.array([0.0, -0.0, np.nan, -np.inf, np.inf, 1.5, -1.5, 1e-40], np.float32)
+    inputs = _words(np.tile(special, 4), np.concatenate([np.roll(special, shift) for shift in range(4)]))
+    return Probe("probes.cu", "probe_max", {"in": inputs}, {"out": _blank(LANES)})
+
+
 def _unpack() -> Probe:
     patterns = np.arange(65536, dtype=np.uint32)
     # One lane reads one pattern of its block's 1024: a stride over all of them, so that every exponent is there.
@@ -483,6 +490,7 @@ def make_probes() -> dict[str, Probe]:
     return {
         "identity": Probe("probes.cu", "probe_identity", {}, {"out": _blank(12, 64, 9)}, threads=64, grid=(3, 2, 2)),
         **_convert(rng),
+        "max": _max(),
         "unpack": _unpack(),
         **_shuffles(rng),
         "shuffle-double": Probe(

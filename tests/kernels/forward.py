@@ -37,14 +37,14 @@ class Spec:
     baseline: int = 80
     stages: int = 0  # of fwd_sm90, if not 0: then four more warps copy
     ping_pong: bool = False
+    exp2_by_fma: int = 0
 
     @property
     def kernel(self) -> FwdSpec:
         family = "fwd_sm90" if self.stages else "fwd_sm80"
         num_warps = self.num_warps + 4 * (self.stages > 0)
-        tile = TileConfig(
-            16 * self.num_warps, self.block_n, num_warps, self.q_in_registers, self.stages, self.ping_pong
-        )
+        ring = (self.q_in_registers, self.stages, self.ping_pong, self.exp2_by_fma)
+        tile = TileConfig(16 * self.num_warps, self.block_n, num_warps, *ring)
         features = Features(self.has_lower, self.has_upper, self.scale_first)
         dims = (self.head_dim, self.head_dim_v or self.head_dim)
         return FwdSpec(family, self.dtype, *dims, tile, features, self.packed, self.baseline)

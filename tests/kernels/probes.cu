@@ -31,6 +31,11 @@ extern "C" __global__ void probe_convert(const u32* in, u32* out) {
   isa::stg_4(results(out, 4) + 3, isa::pack_f16x2_sm75(lower, upper));
 }
 
+// in: two floats. out: the larger one, or NaN.
+extern "C" __global__ void probe_max(const u32* in, u32* out) {
+  store_float(results(out, 1), isa::max_nan(load_float(operands(in, 2)), load_float(operands(in, 2) + 1)));
+}
+
 // in: 16 bits. out: the float it is as f16 and as bf16.
 extern "C" __global__ void probe_unpack(const u32* in, u32* out) {
   const u32 bits = isa::ldg_4(operands(in, 1));

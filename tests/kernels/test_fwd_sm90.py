@@ -41,6 +41,7 @@ STRUCTURES = [
     replace(HOPPER, num_warps=12, block_n=48),
     replace(HOPPER, num_warps=12, ping_pong=True),
     replace(HOPPER, ping_pong=True, head_dim=128),
+    replace(HOPPER, exp2_by_fma=2),
     replace(HOPPER, head_dim=96, stages=4, dtype="bfloat16"),
     replace(HOPPER, head_dim=32, head_dim_v=128, block_n=256),
     replace(HOPPER, head_dim=192, head_dim_v=96, block_n=16),
@@ -99,12 +100,36 @@ def test_rows_without_keys():
 
 
 def test_only_the_tiles_that_are_needed():
+    """Two blocks of two warpgroups each; above the diagonal the second one alone multiplies."""
     q, k, v = operands(HOPPER, 256, 256, heads=(1, 1))
-    per_tile = 8 * (64 // 16 + 32 // 16)  # warps, products of Q K^T and of P V
+    per_tile = 4 * (64 // 16 + 32 // 16)  # warps, products of Q K^T and of P V
     found = [check(HOPPER, q, k, v, window=window)[2] for window in (None, (None, 0), (0, 0), (64, 0))]
-    num_tiles = [2 * 8, 4 + 8, 4 + 4, 4 + 6]
-    assert [counters.wgmma for counters in found] == [n * per_tile for n in num_tiles]
-    assert [counters.bulk for counters in found] == [2 * n + 2 * (2 + 8) for n in num_tiles]  # K, V, Q; O by warps
+    multiplied = [8 + 8 + 8 + 8, 2 + 4 + 6 + 8, 2 + 4 + 2 + 4, 2 + 4 + 4 + 6]
+    copied = [8 + 8, 4 + 8, 4 + 4, 4 + 6]
+    assert [counters.wgmma for counters in found] == [n * per_tile for n in multiplied]
+    assert [counters.bulk for counters in found] == [2 * n + 2 * (2 + 8) for n in copied]  # K, V, Q; O by warps
+    # In turns every warpgroup takes every tile, and knows of halves alone.
+    counters = check(replace(HOPPER, ping_pong=True), q, k, v, window=(None, 0))[2]
+    assert counters.wgmma == (4 + 4 + 8 + 8) * per_tile - 2 * 4 * (32 // 16 - 16 // 16)
+
+
+@pytest.mark.parametrize("ping_pong", [False, True])
+def test_half_of_the_last_tile(ping_pong):
+    """A warpgroup multiplies up to the tile, or half tile, in which its last row's keys end; in turns it skips none."""
+    spec = replace(HOPPER, block_n=128, ping_pong=ping_pong)
+    q, k, v = operands(spec, 256, 300, heads=(1, 1))
+    whole, half = 4 * (64 // 16 + 128 // 16), 4 * (64 // 16 + 64 // 16)
+    for right in (0, 1, 64, -64, 100):
+        ends = [min(300, last_row + right + 1) for last_row in (63, 127, 191, 255)]
+        last_tiles = [(end - 1) // 128 for end in ends]
+        if ping_pong:
+            last_tiles = [max(last_tiles[i // 2 * 2 :][:2]) for i in range(4)]
+        expected = sum(
+            tile * whole + (half if end <= 128 * tile + 64 else whole)
+            for end, tile in zip(ends, last_tiles, strict=True)
+            if ping_pong or end > 0
+        )
+        assert check(spec, q, k, v, window=(None, right))[2].wgmma == expected, right
 
 
 def test_scores_that_grow_and_shrink():
@@ -114,15 +139,18 @@ def test_scores_that_grow_and_shrink():
         q[..., 0] = 8
         k[..., 0] = (slope * np.arange(300)).astype(k.dtype)
         for scale_first in (False, True):
-            check(replace(HOPPER, scale_first=scale_first), q, k, v)
+            for exp2_by_fma in (0, 1):
+                check(replace(HOPPER, scale_first=scale_first, exp2_by_fma=exp2_by_fma), q, k, v)
     check(HOPPER, *operands(HOPPER, 64, 130, magnitude=20.0))
 
 
-def test_nan_where_no_key_takes_part():
-    q, k, v = operands(HOPPER, 130, 130)
-    expected, expected_lse, _ = check(HOPPER, q, k, v, window=(None, 0))
+@pytest.mark.parametrize("exp2_by_fma", [0, 1])
+def test_nan_where_no_key_takes_part(exp2_by_fma):
+    spec = replace(HOPPER, exp2_by_fma=exp2_by_fma)
+    q, k, v = operands(spec, 130, 130)
+    expected, expected_lse, _ = check(spec, q, k, v, window=(None, 0))
     k[:, :, 100:] = np.nan
-    out, lse, _ = forward(replace(HOPPER, has_upper=True), q, k, v, upper=0)
+    out, lse, _ = forward(replace(spec, has_upper=True), q, k, v, upper=0)
     np.testing.assert_array_equal(out[:, :, :100], expected[:, :, :100])
     np.testing.assert_array_equal(lse[:, :, :100], expected_lse[:, :, :100])
     assert np.isnan(out[:, :, 100:]).all()

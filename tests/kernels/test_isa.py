@@ -86,6 +86,16 @@ def test_convert(rng):
             np.testing.assert_array_equal(out[:, column], bits[0].astype(np.uint32) | bits[1].astype(np.uint32) << 16)
 
 
+def test_max():
+    special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1.5, -1.5, 1e-40], np.float32)
+    for shift in range(len(special)):
+        a, b = np.tile(special, 4), np.tile(np.roll(special, shift), 4)
+        out = run("probes.cu", "probe_max", words(a, b), out=LANES)
+        expected = np.where(a == b, np.where(np.signbit(a), b, a), np.maximum(a, b))  # of zeros the positive one
+        expected = np.where(np.isnan(expected), 0x7FFFFFFF, expected.view(np.uint32))
+        np.testing.assert_array_equal(out, expected.astype(np.uint32))
+
+
 def test_unpack_all_values():
     """All 65536 patterns of both formats, 1024 in one block."""
     patterns = np.arange(65536, dtype=np.uint16)

@@ -40,6 +40,7 @@ HOSTILE = [
     *(Options(schedule="random", seed=seed) for seed in range(3)),
     *(Options(schedule="priority", seed=seed) for seed in range(3)),
     Options(schedule="random", seed=3, late_landing=False),
+    Options(schedule="priority", seed=5, late_landing=False),
     Options(schedule="priority", seed=4, race_detector=False),
 ]
 
@@ -172,9 +173,9 @@ PACKED_SPLIT = forward.Spec(head_dim=32, block_n=32, has_upper=True, q_in_regist
 SM75 = forward.Spec(has_upper=True, baseline=75)
 # Rings of two small tiles. Rows of several heads are copied by the warpgroup that multiplies them, others by maps.
 HOPPER = forward.Spec(
-    num_warps=8, block_n=16, q_in_registers=False, baseline=90, stages=2, has_lower=True, has_upper=True, ping_pong=True
+    num_warps=8, block_n=32, q_in_registers=False, baseline=90, stages=2, has_lower=True, has_upper=True
 )
-HOPPER_PACKED = replace(HOPPER, num_warps=4, has_lower=False, has_upper=False, packed=True, ping_pong=False)
+HOPPER_PACKED = replace(HOPPER, has_lower=False, has_upper=False, packed=True, ping_pong=True)
 Q_ARRIVED = (
     "if constexpr (Traits::kAsync && Config::kQInRegisters) isa::cp_async_commit();  // else with K",
     "if constexpr (Traits::kAsync) isa::cp_async_wait<1>();  // all but K",
@@ -183,6 +184,11 @@ Q_ARRIVED = (
 TURNS = (
     "if constexpr (Traits::kPingPong) isa::barrier_sync(4 + consumer, 256);",
     "if constexpr (Traits::kPingPong) isa::barrier_arrive(4 + (consumer + 1) % Traits::kConsumers, 256);",
+)
+SKIPS = (
+    "isa::mbarrier_wait(SharedStorage::k_full(stage.index), stage.parity);  // skipped",
+    "isa::mbarrier_wait(SharedStorage::v_full(stage.index), stage.parity);  // skipped",
+    "isa::barrier_sync(1 + consumer, 128);                                  // skipped",
 )
 OUT_BY_ROWS = ("isa::sync_warp();  // the warp's other lanes have written what this one reads",)
 Q_BY_ROWS = (
@@ -250,17 +256,20 @@ SUBJECTS = {
         [
             forward_problem(HOPPER, 64, 40, lower=-200, upper=0),
             forward_problem(HOPPER, 130, 140, lower=-70, upper=60),  # several tiles of all kinds
-            forward_problem(HOPPER, 130, 140, lower=-70, upper=60, blocks=1),  # one item after another
+            forward_problem(HOPPER, 130, 140, lower=-70, upper=40, blocks=1),  # one item after another
             forward_problem(HOPPER, 140, 40, lower=-200, upper=-130, heads=(4, 1), blocks=2),  # some without keys
+            forward_problem(HOPPER, 128, 80, lower=-200, upper=-48),  # a warpgroup takes half a tile alone,
+            forward_problem(HOPPER, 128, 80, lower=-200, upper=0),  # skips one and takes two,
+            forward_problem(HOPPER, 128, 80, lower=-200, upper=-70, heads=(2, 1), blocks=1),  # skips all
         ],
-        (*Q_BY_ROWS, *OUT_BY_ROWS),
+        (*Q_BY_ROWS, *OUT_BY_ROWS, *TURNS),
     ),
     "fwd_sm90.cu, packed": Subject(
         forward.source(HOPPER_PACKED),
         [
             forward_problem(HOPPER_PACKED, 50, 100, heads=(2, 1)),
         ],
-        (*Q_AND_OUT_BY_MAPS, *TURNS),
+        (*Q_AND_OUT_BY_MAPS, *SKIPS),
     ),
     "merge.cu": Subject(
         render_kernel(MergeSpec("float16", "float16")),
@@ -494,11 +503,18 @@ def test_bad_exemptions_are_refused() -> None:
         ("fwd_sm90.cu", "q_empty(consumer), 4)", "q_empty(consumer), 1)"),
         ("fwd_sm90.cu", "grid - 1 - block", "grid - 2 - block"),
         (
-            "fwd_sm90.cu",
+            "fwd_sm90.cu, packed",
             "if (consumer == 0) await_turn();",
             "if (consumer == Traits::kConsumers) await_turn();",
         ),
         ("fwd_sm90.cu", "tensor.head_stride != 0 ? head : 0", "0"),
+        # What a warpgroup leaves out.
+        ("fwd_sm90.cu", "end <= walk.tile * Config::kBlockN;", "end <= (walk.tile + 1) * Config::kBlockN;"),
+        ("fwd_sm90.cu", "Config::kBlockN + Traits::kHalfTheKeys;", "Config::kBlockN + Traits::kAllKeys;"),
+        ("fwd_sm90.cu", "kv_step<Traits::kHalfTheKeys>", "kv_step<Traits::kAllKeys>"),
+        ("fwd_sm90.cu", "return last_step<Traits::kHalfTheKeys>", "return last_step<Traits::kAllKeys>"),
+        ("fwd_sm90.cu", "        if (walk.is_over()) return;\n      }", "      }"),
+        ("fwd_sm90.cu", "64 * consumer + 63, ", "63, "),
         ("fwd_sm90.cu, packed", "rows.row(at_most(row_begin + row, num_rows - 1))", "rows.row(row_begin + row)"),
         ("fwd_simt.cu", "tiles.full_begin <= tile && tile < tiles.full_end", "true"),
         ("fwd_simt.cu", "if (!is_full) mask_scores(first_key);", ""),

@@ -113,6 +113,7 @@ def wgmma(element, name, n, registers_of_a, transposed):
 # name of the wrapper: (parameters, statements, the instruction); {any} stands for any register
 WRAPPERS = {
     "ex2": ("float x", "out[0] = __float_as_uint(isa::ex2(x));", "ex2.approx.ftz.f32 out[0], x;"),
+    "max_nan": ("float x, float y", "out[0] = __float_as_uint(isa::max_nan(x, y));", "max.NaN.f32 out[0], x, y;"),
     "pack_f16x2": (
         "float lo, float hi",
         "out[0] = isa::pack_f16x2(lo, hi);",

@@ -38,7 +38,7 @@ def half(*shape: int) -> np.ndarray:
 def test_what_is_printed_is_the_str(capsys: pytest.CaptureFixture[str]) -> None:
     found = explain(half(1, 8, 512, 64), half(1, 8, 512, 64), half(1, 8, 512, 64), device="H200")
     assert capsys.readouterr().out == f"{found}\n"
-    assert repr(found) == "<Explanation: cuda on H200, fwd_sm90-f16-d64-m128n128w12qs2>"
+    assert repr(found) == "<Explanation: cuda on H200, fwd_sm90-f16-d64-m128n128w12qs2e8>"
 
 
 @pytest.mark.parametrize("device", [name for name, device in DEVICES.items() if device.cc >= (8, 0)])

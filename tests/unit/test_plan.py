@@ -448,7 +448,7 @@ def test_hopper_has_a_family_of_its_own() -> None:
     assert [FAMILIES[name].arch_for(H200) for name in FAMILIES] == ["sm_90a", "sm_90", "sm_90"]
     # Padding is less than another family.
     (launch,) = choose(problem(head_dim=40), H200).launches
-    assert str(launch.spec) == "fwd_sm90-f16-d64-m128n128w12qs2"
+    assert str(launch.spec) == "fwd_sm90-f16-d64-m128n128w12qs2e8"
     (launch,) = choose(problem(dtype="float32"), H200).launches
     assert launch.spec.family == "fwd_simt"
 
@@ -513,11 +513,11 @@ def changes_of_scores(dtype: str) -> list[dict[str, Any]]:
     return [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*choices) if any(chosen)]
 
 
-def test_every_spec_has_a_name_of_its_own_and_is_what_choose_gives() -> None:
+def test_every_spec_has_a_name_of_its_own_and_is_what_choose_gives_or_tune_may() -> None:
     specs = list(every_spec())
     assert len({str(spec) for spec in specs}) == len(specs)
-    chosen = {
-        launch.spec
+    asked = [
+        (problem(dtype=dtype, head_dim=row.head_dim, head_dim_v=row.head_dim_v, **{**size, **changes}), device)
         for row in TILES
         for dtype in row.dtypes
         for device in map(DEVICES.__getitem__, ("T4", "A100", "L4", "H200"))
@@ -531,9 +531,14 @@ def test_every_spec_has_a_name_of_its_own_and_is_what_choose_gives() -> None:
             {"batch": 500, "seqlen_q": 33, "seqlen_k": 100},
         )
         for changes in ({}, {"band": Band(None, 0)}, {"band": Band(-1, 0)}, {"scale": -1.0}, *changes_of_scores(dtype))
-        for launch in choose(
-            problem(dtype=dtype, head_dim=row.head_dim, head_dim_v=row.head_dim_v, **{**size, **changes}), device
-        ).launches
+    ]
+    chosen = {launch.spec for one in asked for launch in choose(*one).launches}
+    # On Hopper tiles of one size differ in how they are computed, which `tune` may find to be better.
+    chosen |= {
+        candidate.spec
+        for one in asked
+        for candidate in candidates(selector_of(*one), one[1])
+        if candidate.spec.family == "fwd_sm90" and not candidate.reasons
     }
     chosen |= {
         choose(problem(dtype=dtype, weights_stage=stage, **changes), H200).launches[-1].spec
