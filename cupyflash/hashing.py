@@ -14,12 +14,11 @@ def hash_once(cls: type[_T]) -> type[_T]:
     compute = cls.__hash__
 
     def __hash__(self: _T) -> int:
-        kept = self.__dict__
         try:
-            found: int = kept["_hash"]
-        except KeyError:
-            found = kept["_hash"] = compute(self)
-        return found
+            return self._hash  # type: ignore[attr-defined]
+        except AttributeError:
+            found = self.__dict__["_hash"] = compute(self)
+            return found
 
     def __getstate__(self: _T) -> dict[str, object]:
         # Strings have other hashes in another process.

@@ -61,20 +61,20 @@ class _Late:
         self._make = make
 
     @cached_property
-    def _backend(self) -> _Both:
+    def made(self) -> _Both:
         return self._make()
 
     def reasons(self, problem: Problem) -> Sequence[str]:
-        return self._backend.reasons(problem)
+        return self.made.reasons(problem)
 
     def run(self, problem: Problem, buffers: Buffers) -> None:
-        self._backend.run(problem, buffers)
+        self.made.run(problem, buffers)
 
     def merge_reasons(self, parts: Parts) -> Sequence[str]:
-        return self._backend.merge_reasons(parts)
+        return self.made.merge_reasons(parts)
 
     def merge(self, parts: Parts) -> tuple[Any, Any]:
-        return self._backend.merge(parts)
+        return self.made.merge(parts)
 
 
 def _make_cuda() -> _Both:
@@ -149,6 +149,8 @@ def select(problem: Problem, name: str | None) -> Backend:
     """
     chosen = name_of(problem, name)
     backend = _backends.get(chosen)
+    if isinstance(backend, _Late):
+        backend = backend.made  # every call comes this way
     if backend is None or backend.reasons(problem):
         raise _unsupported(problem, chosen, reasons_of(problem))
     return backend

@@ -262,7 +262,7 @@ def test_a_kernel_is_loaded_once_for_each_device(gpu: Gpu) -> None:
 def test_the_cubin_is_the_compilers_for_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(cuda, "driver_map", emulated_map)
     sm80 = FwdSpec("fwd_sm80", "float16", 64, 64, TileConfig(64, 64, 4))
-    sm90 = FwdSpec("fwd_sm90", "float16", 64, 64, TileConfig(128, 128, 12, False, 2), baseline=90)
+    sm90 = FwdSpec("fwd_sm90", "float16", 64, 64, TileConfig(128, 128, 12, False, 2, exp2_by_fma=8), baseline=90)
     for device, spec, arch in (("A100", sm80, "sm_80"), ("H200", sm90, "sm_90a"), ("RTX 5090", sm80, "sm_120")):
         gpu = install(monkeypatch, DEVICES[device])
         cupyflash.attention(**on_gpu(call()))
