@@ -44,16 +44,17 @@ def save(device: DeviceSpec, key: str, kernel: str, about: Mapping[str, Any]) ->
         The cache can't be written.
     """
     path = path_for(device)
-    entries = _read(path) | {key: {"kernel": kernel, **about}}
-    # Renamed into place: a reader sees the old file or the new one.
-    handle, name = tempfile.mkstemp(prefix=".tuned-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"version": __version__, "device": device.name, "found": entries}, file, indent=1)
-        os.replace(name, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+    with default_cache().lock(digest(path.name)):
+        entries = _read(path) | {key: {"kernel": kernel, **about}}
+        # Renamed into place: a reader sees the old file or the new one.
+        handle, name = tempfile.mkstemp(prefix=".tuned-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump({"version": __version__, "device": device.name, "found": entries}, file, indent=1)
+            os.replace(name, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

@@ -119,7 +119,7 @@ class Cache:
             return entry
         if not self.folder.exists():  # somebody emptied the caches while this process ran
             self._make_folder()
-        with self._lock(key):
+        with self.lock(key):
             if self._use(entry):  # built while this process waited
                 return entry
             workplace = self.folder / f".{key[:8]}-{secrets.token_hex(8)}"
@@ -169,8 +169,8 @@ class Cache:
                 raise
 
     @contextlib.contextmanager
-    def _lock(self, key: str) -> Iterator[None]:
-        """Waits until nobody else builds an entry of this key (or, rarely, of a neighbouring one)."""
+    def lock(self, key: str) -> Iterator[None]:
+        """Waits until no other process or thread is within it with this key (or, rarely, with a neighbouring one)."""
         if fcntl is None:
             yield
             return

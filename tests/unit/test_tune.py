@@ -7,7 +7,9 @@ import doctest
 import json
 import pickle
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -237,6 +239,21 @@ def test_timed_again_it_is_found_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launched(clock, *arrays()) == [256]
     assert launched(clock, *arrays(), is_causal=True) == [128]  # what else was found stays
     assert len(json.loads(tuned.path_for(DEVICE).read_text(encoding="utf-8"))["found"]) == 2
+
+
+def test_nothing_is_lost_where_several_find_something_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = tuned._read
+
+    def slowly(path: Path) -> Any:
+        found = read(path)
+        time.sleep(0.02)
+        return found
+
+    monkeypatch.setattr(tuned, "_read", slowly)
+    keys = [f"key {n}" for n in range(6)]
+    with ThreadPoolExecutor(len(keys)) as pool:
+        list(pool.map(lambda key: tuned.save(DEVICE, key, f"kernel of {key}", {}), keys))
+    assert tuned.load(DEVICE) == {key: f"kernel of {key}" for key in keys}
 
 
 def test_the_table_wins_a_tie(monkeypatch: pytest.MonkeyPatch) -> None:
