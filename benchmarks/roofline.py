@@ -52,7 +52,7 @@ from cupyflash.build.nvrtc import compile_cubin
 from cupyflash.build.rendering import arch_for, render_kernel
 from cupyflash.plan.choose import choose
 from cupyflash.plan.device import DEVICES, DeviceSpec
-from cupyflash.plan.specs import Features, FwdSpec, Plan
+from cupyflash.plan.specs import FwdSpec, Plan
 from cupyflash.problem.dtypes import dtype_named
 from cupyflash.problem.normalize import normalize
 from cupyflash.problem.problem import Problem
@@ -283,7 +283,7 @@ def read_step(code: Sequence[Instruction], spec: FwdSpec) -> Step:
     if not loops:
         raise RuntimeError(f"{spec}: no loop holds {product}")
     ways = [
-        shortest_way(code, begin, end, product) if is_plain(spec) else list(code[begin : end + 1])
+        shortest_way(code, begin, end, product) if spec.features.is_plain else list(code[begin : end + 1])
         for begin, end in loops
     ]
     if PRODUCTS[product] == "tensor":
@@ -305,11 +305,6 @@ def read_step(code: Sequence[Instruction], spec: FwdSpec) -> Step:
     if PRODUCTS[product] != "tensor":
         counted["xu"] = spec.tile.block_m * spec.tile.block_n / spec.tile.num_warps
     return Step(product, len(way) * scale, counted, shared * scale)
-
-
-def is_plain(spec: FwdSpec) -> bool:
-    """Whether nothing changes its scores or weights."""
-    return replace(spec.features, has_lower=False, has_upper=False, scale_first=False) == Features()
 
 
 def _count(way: Sequence[Instruction], name: str) -> int:
@@ -389,7 +384,7 @@ def tiles_of_keys(problem: Problem, spec: FwdSpec, pack: int) -> list[int]:
 def tiles_multiplied(problem: Problem, spec: FwdSpec, pack: int) -> list[float]:
     """`tiles_of_keys`, less what warpgroups leave out where the keys of their own rows end: tiles, and a half."""
     visited = tiles_of_keys(problem, spec, pack)
-    if spec.family != "fwd_sm90" or not spec.features.has_upper or not is_plain(spec):
+    if spec.family != "fwd_sm90" or not spec.features.has_upper or not spec.features.is_plain:
         return [float(count) for count in visited]
     tile = spec.tile
     half = 16 * math.ceil(tile.block_n / 32)
@@ -400,7 +395,8 @@ def tiles_multiplied(problem: Problem, spec: FwdSpec, pack: int) -> list[float]:
         left_out = []
         for row in range(last_row, last_row - tile.block_m, -WGMMA_ROWS):
             stop = _end_of_keys(problem, pack, row)
-            own = math.ceil(stop / tile.block_n)
+            # In turns every tile is taken.
+            own = end if tile.ping_pong else math.ceil(stop / tile.block_n)
             needs_half = stop <= (own - 1) * tile.block_n + half
             left_out.append(min(count, end - own + needs_half * (1 - half / tile.block_n)))
         multiplied.append(count - sum(left_out) / len(left_out))

@@ -27,13 +27,14 @@
 // the scores are touched, and warpgroups alone overlap with one another.
 //
 // Under the diagonal the first of two warpgroups needs half as many of the last 128 keys as the second one, or none of
-// the last 64. With kTrims a warpgroup skips the tiles that its rows do not need, and of the first that they do it takes
-// half where that is enough; P of half a tile makes its product with V half as long, so the first two kinds of steps
-// are there twice. In turn, counted and not measured: 3 % at 2048 keys, 1.6 % at 4096.
+// the last 64. With kTrims a warpgroup skips the tiles that its rows do not need, and of the first that they do it
+// takes half where that is enough; P of half a tile makes its product with V half as long, so the first two kinds of
+// steps are there twice. Counted, not measured: 3 % at 2048 keys and 1.6 % at 4096 if products and softmax take turns;
+// nothing if everything overlaps, for then the L2 cache is the limit.
 //
 // At head dim 64 the exponentials take longer than the products: kExp2ByFma says of how many one is computed with
-// multiply-adds (softmax.cuh), ten instructions in place of one. Of eight: 3 % if everything overlaps, 6 % if products
-// and softmax take turns, counted and not measured. Elsewhere they are not the limit.
+// multiply-adds (softmax.cuh), ten instructions in place of one. Of eight, counted and not measured: 6 % if products
+// and softmax take turns, 3 % if everything overlaps. Elsewhere they are not the limit.
 //
 // With kPingPong warpgroups take turns at starting their products, so that one's products come together while another's
 // softmax runs. FlashAttention-3 has lost by it where a warpgroup overlaps with itself: up to 4 % on an H200 at 128.
@@ -71,7 +72,7 @@
 //     O is there, V(j-1) read  the warpgroup       wgmma_wait<0>                  rescaling o_frag, overwriting p_frag;
 //                                                                                 giving V's stage back; staging O
 //     V(j-1) read by all       the copying warp    mbarrier v_empty of the stage  overwriting v_smem
-//     K(j), V(j) arrived, and  the warpgroup       mbarriers k_full and v_full    giving back what is not filled; and no
+//     K(j), V(j) arrived, and  the warpgroup       mbarriers k_full and v_full    giving back what is not filled; no
 //     are skipped                                  of the stage, barrier          warp may miss a phase: parity cannot
 //                                                                                 tell it from the one after the next
 //     turn to start products   the warpgroup       barrier of the warpgroup       nothing: it saves time (kPingPong)
@@ -114,6 +115,7 @@ struct Traits {
 
   static_assert(Config::kBlockM % 64 == 0 && kConsumers <= 3, "a warpgroup owns 64 rows, and registers are for three");
   static_assert(Config::kNumWarps == 4 * (kConsumers + 1), "one warpgroup copies");
+  static_assert(kStages > 1, "K of the next tile is copied before V of this one, which who skips it waits for");
   static_assert(Config::kBlockN % 16 == 0 && Config::kBlockN <= 256, "wgmma goes over the keys in steps of 16");
   static_assert(Config::kScaleFirst || !kChangesScores, "what is added to scores is not scaled");
 };
@@ -338,7 +340,7 @@ struct Forward {
     isa::wgmma_commit();
   }
 
-  // Barriers 1 to 3 are for packed rows, 4 to 6 for turns: those of a warpgroup and of the one before it.
+  // Barriers 1 to 3 are for packed rows and skipped tiles, 4 to 6 for turns: of a warpgroup and of the one before it.
   __device__ __forceinline__ void await_turn() {
     if constexpr (Traits::kPingPong) isa::barrier_sync(4 + consumer, 256);
   }

@@ -32,13 +32,14 @@ __device__ __forceinline__ float exponent(float score, float offset, float scale
   return kScaledFirst ? (score - offset) * kLog2E : score * scale_log2 - offset;
 }
 
-// 2^x for x <= 8 with multiply-adds, of which there are eight in the time of one ex2 (FlashAttention-4):
+// 2^x with multiply-adds, of which there are eight in the time of one ex2 (FlashAttention-4); for x up to 127, and the
+// exponents of weights are not much above kLazyGrowth:
 //
 //     x = n + f,  n whole,  |f| <= 1/2         2^x = 2^n 2^f,  2^f = 1 + f (c1 + f (c2 + f (c3 + f c4)))
 //
-// The coefficients make the largest relative error the least, 2^-18.4: P would do with one of them less, but l does for
-// lse as well, which is float32. Whole powers are exact, and that of NaN is NaN. Below -126.5 n is -127, whose bits as an
-// exponent are those of zero: keys that do not take part weigh nothing.
+// The coefficients make the largest relative error the least, 2^-18.4: P would do with one of them less, but l does
+// for lse as well, which is float32. Whole powers are exact, and that of NaN is NaN. Below -126.5 n is -127, whose bits
+// as an exponent are those of zero: keys that do not take part weigh nothing.
 __device__ __forceinline__ float exp2_by_fma(float x) {
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are a whole number, the nearest one
   const float bounded = isa::max_nan(x, -127.0f);

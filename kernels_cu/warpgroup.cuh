@@ -167,7 +167,7 @@ __device__ __forceinline__ void store_out_panels(const TensorMap& map, const Bul
   }
 }
 
-// P, rounded to the elements' format, as the left operand: its accumulators, packed; the first of them if there are more.
+// P, rounded to the elements' format, as the left operand: its accumulators, packed, or the first of them.
 template <class Config, int kScoreTiles>
 __device__ __forceinline__ void pack_weights(u32 (&p_frag)[Config::kBlockN / 16][4],
                                              const float (&s_frag)[kScoreTiles][4]) {

@@ -402,7 +402,7 @@ def candidates(selector: Selector, device: DeviceSpec) -> list[Candidate]:
     chosen: tuple[TileRow, TileConfig] | None = None
     for row in rows_for(selector.dtype, selector.head_dim, selector.head_dim_v, device.cc):
         rows = _rows_of(row, selector)
-        for tile in sorted(row.tiles, key=lambda tile: _cost(tile, rows)):
+        for tile in sorted(_tiles_of(row, selector.features), key=lambda tile: _cost(tile, rows)):
             reasons = (*row.reasons(tile, itemsize, device), *_unsuited(row, selector, rows))
             behind = ""
             if not reasons and chosen is None:
@@ -492,6 +492,12 @@ def _why_behind(row: TileRow, tile: TileConfig, best_row: TileRow, best: TileCon
     return f"tile {best} stands before {tile} in the table"
 
 
+def _tiles_of(row: TileRow, features: Features) -> list[TileConfig]:
+    """The row's tiles, but once those that are one where scores are changed or weights dropped."""
+    tiles = row.tiles if features.is_plain else [replace(tile, exp2_by_fma=0) for tile in row.tiles]
+    return list(dict.fromkeys(tiles))
+
+
 def _spec(row: TileRow, tile: TileConfig, selector: Selector) -> FwdSpec:
     dims = (row.head_dim, row.head_dim_v)
     family = FAMILIES[row.family]
@@ -557,16 +563,20 @@ def num_splits(num_tiles: int, num_key_tiles: int, slots: int) -> int:
 
 
 def every_spec() -> Iterator[KernelSpec]:
-    """Every kernel that `choose` may name on some device."""
+    """Every kernel that `choose` may name on some device, once `tune` has been there or before."""
     found: dict[KernelSpec, None] = {}
     for row in TILES:
         family = FAMILIES[row.family]
         choices = itertools.product(
-            row.tiles,
-            [(dtype, features) for dtype in row.dtypes for features in _features_of(dtype)],
+            [
+                (dtype, features, tile)
+                for dtype in row.dtypes
+                for features in _features_of(dtype)
+                for tile in _tiles_of(row, features)
+            ],
             (False, True) if family.packs else (False,),
         )
-        for tile, (dtype, features), packed in choices:
+        for (dtype, features, tile), packed in choices:
             if features.dropout and packed:
                 continue
             rows = Rows(tile.block_m, True)

@@ -80,6 +80,11 @@ class Features:
     dropout: bool = False
     mods: Mods | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether scores are scaled and bounded alone, and no weights are dropped."""
+        return not (self.float_mask or self.bool_mask or self.changed or self.dropout or self.mods)
+
     def __str__(self) -> str:
         bounds = {(False, False): "", (False, True): "causal", (True, False): "lower", (True, True): "window"}
         named = (
@@ -140,9 +145,7 @@ class FwdSpec:
 
         It may not where rows are packed or scores are changed: see fwd_sm90.cu.
         """
-        does = self.features
-        is_plain = not (does.float_mask or does.bool_mask or does.changed or does.dropout or does.mods)
-        return FAMILIES[self.family].persists and is_plain and not self.packed
+        return FAMILIES[self.family].persists and self.features.is_plain and not self.packed
 
     @property
     def mods(self) -> Mods | None:

@@ -22,7 +22,7 @@ class TileConfig:
     Without `q_in_registers` a block reads its queries from shared memory again for every tile of keys.  `stages` is how
     many tiles of keys, and as many of values, are under way or in use at once, for kernels that leave it open; with
     `ping_pong` their warpgroups take turns at starting products, and one in `exp2_by_fma` exponentials is computed with
-    multiply-adds, if that is not 0 and nothing changes the scores.
+    multiply-adds, if that is not 0; where scores are changed or weights dropped it is.
     """
 
     block_m: int

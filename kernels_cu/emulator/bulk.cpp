@@ -1,5 +1,5 @@
-// cp.async.bulk.tensor. A load lands when nothing else can run, by turns or by chance, and under a random schedule at any
-// time before; until then its destination is poison. A store reads shared memory when it is waited for, and writes global memory when
+// cp.async.bulk.tensor. A load lands when nothing else can run: the oldest one, but by chance under a random schedule,
+// where it may come at any time before, and under one by priorities. Until then its destination is poison. A store reads shared memory when it is waited for, and writes global memory when
 // that is waited for or its thread ends. With late landing off both happen at once.
 
 #include "bulk.h"

@@ -57,7 +57,7 @@ def _warpgroup_faults(spec: FwdSpec, found: Resources) -> Iterator[str]:
     changed = bool(features.float_mask or features.bool_mask or features.changed or features.mods)
     steps = 2 if changed else 2 + features.has_lower + features.has_upper
     products = steps * (spec.head_dim // 16 + tile.block_n // 16)
-    if features.has_upper and not changed and not features.dropout:
+    if features.has_upper and features.is_plain:
         half_the_keys = -(-tile.block_n // 2 // 16)
         products += 2 * (spec.head_dim // 16 + half_the_keys)
     # Of panels: Q for each warpgroup that computes, K, V.

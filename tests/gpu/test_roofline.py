@@ -143,17 +143,24 @@ def test_tiles_of_keys(roofline: ModuleType, options: dict[str, Any], align: int
 
 @pytest.mark.parametrize("block_n", [48, 64, 128])
 @pytest.mark.parametrize("align", [0, 33, -70])
-def test_what_warpgroups_leave_out(roofline: ModuleType, block_n: int, align: int) -> None:
-    """Half tile by half tile, from each warpgroup's last row: above it nothing is multiplied."""
+@pytest.mark.parametrize("ping_pong", [False, True])
+def test_what_warpgroups_leave_out(roofline: ModuleType, block_n: int, align: int, ping_pong: bool) -> None:
+    """Half tile by half tile, from each warpgroup's last row: above it nothing is multiplied, in turns half a tile."""
     problem = asked(query=(1, 384, 64), key=(1, 333, 64), is_causal=True, align=align)
-    spec = replace(wgmma_spec(64, 128, block_n), family="fwd_sm90")
+    tile = replace(wgmma_spec(64, 128, block_n).tile, ping_pong=ping_pong)
+    spec = replace(wgmma_spec(64, 128, block_n), family="fwd_sm90", tile=tile)
     causal = replace(spec, features=Features(has_upper=True))
     half = {48: 32, 64: 32, 128: 64}[block_n]
     expected = []
     for first in range(0, 384, 128):
         ends = [min(333, max(0, first + row + align)) for row in (64, 128)]
-        taken = [sum(half / block_n if end <= key + half else 1.0 for key in range(0, end, block_n)) for end in ends]
-        expected.append(sum(taken) / 2)
+        taken = 0.0
+        for end in ends:
+            tiles = range(0, max(ends) if ping_pong else end, block_n)
+            taken += len(tiles)
+            if tiles and end <= tiles[-1] + half:
+                taken -= 1 - half / block_n
+        expected.append(taken / 2)
     np.testing.assert_allclose(roofline.tiles_multiplied(problem, causal, 1), expected)
     assert roofline.tiles_multiplied(problem, spec, 1) == roofline.tiles_of_keys(problem, spec, 1)
 

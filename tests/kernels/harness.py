@@ -18,7 +18,7 @@ ALL_OPTIONS = [
     Options(race_detector=False),
     *(Options(schedule="random", seed=seed) for seed in range(3)),
     *(Options(schedule="priority", seed=seed) for seed in range(3)),
-    Options(schedule="priority", seed=7, late_landing=False, race_detector=False, workers=2),
+    Options(schedule="priority", seed=7, late_landing=False, workers=2),
 ]
 
 _ENTRY = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(')
