@@ -8,6 +8,7 @@ import pytest
 
 from cupyflash.plan.specs import COMPANIONS
 from tests.compile import all as compile_all
+from tests.compile.compiling import code_of
 from tests.compile.selection import Pair, every_pair
 
 PAIRS = [Pair(spec, "sm_80") for spec in COMPANIONS[:3]]
@@ -41,6 +42,13 @@ def test_what_is_wrong_is_told_every_time(
         assert f"{refused}: NVRTC could not compile" in said
         assert f"1 cubins, {compiled} of them compiled" in said
         assert "1 with something wrong" in said
+
+
+def test_other_words_are_no_other_kernel() -> None:
+    text = '#line 1 "a.cuh"\nint f() { return 1; }  // one\n'
+    explained = '#line 1 "a.cuh"\n// What f gives.\nint f() { return 1; }\n\n#line 7 "b.cu"\n'
+    assert code_of(text) == code_of(explained)
+    assert code_of(text) != code_of(text.replace("1;", "2;"))
 
 
 def test_shards_share_all_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
