@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,7 +132,11 @@ def normalize(
     described = _KNOWN.get(asked)
     if described is None:
         described = _describe(_Asked(*asked), query_shape, key_shape, value_shape)
-    problem = _with_lengths(described, seqlen_q, seqlen_k)
+    last = described.last
+    if last is not None and last.seqlen_q == seqlen_q and last.seqlen_k == seqlen_k:
+        problem = last
+    else:
+        problem = described.last = _with_lengths(described, seqlen_q, seqlen_k)
     out_shape = (*described.query_lead, seqlen_q, value_shape[-1])
     returned_shape = out_shape if problem.has_head_axis else out_shape[1:]
     if float_mask is not None:
@@ -235,7 +238,7 @@ class _Asked(NamedTuple):
     weights_stage: str | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Described:
     """What follows from `asked`, whatever the lengths."""
 
@@ -246,6 +249,7 @@ class _Described:
     value_lead: tuple[int, ...]
     score_lead: tuple[int, ...]  # of the scores, as the caller sees them
     is_canonical: bool  # query, key and value come in the canonical layout
+    last: Problem | None = None  # of the call before: a loop repeats its lengths, or never sees them again
 
 
 _KNOWN: dict[tuple[Any, ...], _Described] = {}
@@ -303,7 +307,6 @@ def _describe(asked: _Asked, query: tuple[int, ...], key: tuple[int, ...], value
     return described
 
 
-@lru_cache(maxsize=64)  # few, for a loop that never sees the same lengths again
 def _with_lengths(described: _Described, seqlen_q: int, seqlen_k: int) -> Problem:
     asked = described.asked
     window = (None, None) if asked.window is None else asked.window
