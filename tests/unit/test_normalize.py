@@ -35,7 +35,6 @@ def described(seqlen_q: int, seqlen_k: int, **options: Any) -> Any:
 
 def forget() -> None:
     module._KNOWN.clear()
-    module._with_lengths.cache_clear()
 
 
 @pytest.mark.parametrize(
