@@ -385,6 +385,11 @@ def _out_limit(truth: Reference, plain: Reference, name: str, arguments: Mapping
     dtype = np.dtype(arguments["query"].dtype)
     scaled = _dropout_scale(arguments)
     bound = _bound(dtype, truth.out, plain.out, truth.spread, truth.moved, scaled * truth.lost, scaled)
+    if np.shape(arguments["query"])[-1] == 0:
+        # All weights are the same. Where values repeat too, every addition rounds in the same direction, by half a unit
+        # of a sum that grows; NumPy's pairwise sums, which the bound follows, do not.
+        accumulator = DTYPES["float64" if dtype == np.float64 else "float32"]
+        bound = bound + ROUNDOFF[accumulator.name] * np.shape(arguments["key"])[-2] / 2 * truth.spread
     return _Limit(dtype, truth.out, bound, truth.out_specified)
 
 

@@ -15,7 +15,7 @@ from cupyflash.build.rendering import arch_for
 from cupyflash.plan.specs import FwdSpec, KernelSpec
 from cupyflash.tools.kernels import ARCHITECTURES, device_of, specs_of
 
-LIMIT = 160
+LIMIT = 125
 
 
 class Pair(NamedTuple):

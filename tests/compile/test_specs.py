@@ -111,6 +111,6 @@ HOPPER_OPCODES = {"HGMMA": 2 * (64 // 16 + 128 // 16), "UTMALDG": 13, "UTMASTG":
 )
 def test_faults_of_hopper_are_found(changes: dict[str, int], fault: str) -> None:
     good = replace(GOOD, opcodes=HOPPER_OPCODES)
-    assert str(HOPPER) == "fwd_sm90-f16-d64-m128n128w12qs2"
+    assert str(HOPPER) == "fwd_sm90-f16-d64-m128n128w12qs2e8"
     assert faults_with(good, spec=HOPPER) == []
     assert faults_with(replace(good, opcodes={**HOPPER_OPCODES, **changes}), spec=HOPPER) == [fault]

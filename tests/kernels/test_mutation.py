@@ -259,7 +259,7 @@ SUBJECTS = {
             forward_problem(HOPPER, 130, 140, lower=-70, upper=40, blocks=1),  # one item after another
             forward_problem(HOPPER, 140, 40, lower=-200, upper=-130, heads=(4, 1), blocks=2),  # some without keys
             forward_problem(HOPPER, 128, 80, lower=-200, upper=-48),  # a warpgroup takes half a tile alone,
-            forward_problem(HOPPER, 128, 80, lower=-200, upper=0, heads=(6, 1), blocks=1),  # skips one and takes two,
+            forward_problem(HOPPER, 128, 80, lower=-200, upper=0, heads=(4, 1), blocks=1),  # skips one and takes two,
             forward_problem(HOPPER, 128, 80, lower=-200, upper=-70, heads=(2, 1), blocks=1),  # skips all
         ],
         (*Q_BY_ROWS, *OUT_BY_ROWS, *TURNS),
