@@ -140,6 +140,10 @@ SHAPES = {
     "head-dim-1": heads(1, 2, 5, 7, 1, 1),
     "head-dim-300": heads(1, 2, 5, 7, 300, 300),
     "head-dim-0-gives-the-mean-of-v": heads(2, 2, 5, 7, 0, 8),
+    # Fifty-five equal terms, whose roundings are equal too.
+    "head-dim-0-and-one-value-for-all": shapes(
+        (1, 4, 0), (1, 55, 0), (1, 55, 5), layouts=("contiguous", "contiguous", "repeated_rows")
+    ),
     "head-dim-0-with-bias": heads(2, 2, 5, 7, 0, 8, masks=(MaskSpec("float32", (5, 7)),)),
     "value-dim-0": heads(2, 2, 5, 7, 8, 0, return_weights=True),
     "no-keys": heads(2, 2, 5, 0, return_weights=True),
