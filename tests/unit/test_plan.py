@@ -453,6 +453,14 @@ def test_hopper_has_a_family_of_its_own() -> None:
     assert launch.spec.family == "fwd_simt"
 
 
+def test_exponentials_by_multiply_adds_are_of_kernels_that_change_no_scores() -> None:
+    """Elsewhere the two tiles of head dim 64 would be the same kernel twice."""
+    for changes, expected in (({}, [8, 0]), ({"band": Band(None, 0)}, [8, 0]), ({"softcap": 3.0}, [0])):
+        found = candidates(selector_of(problem(**changes), H200), H200)
+        specs = [one.spec for one in found if (one.spec.family, one.spec.head_dim) == ("fwd_sm90", 64)]
+        assert [spec.tile.exp2_by_fma for spec in specs] == expected
+
+
 def test_few_rows_and_arrays_without_maps_are_not_for_hopper_s_family() -> None:
     first = candidates(selector_of(problem(seqlen_q=64), H200), H200)[0]
     assert first.reasons == ("fwd_sm90 is for 65 rows of queries or more, here are fewer",)
